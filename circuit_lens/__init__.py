@@ -1,0 +1,84 @@
+"""Attribution graphs, interventions and patchscopes for TransformerLens models with SAELens dictionaries.
+
+The names of this module are found on first use (PEP 562), so that ``import circuit_lens`` costs milliseconds: torch and
+the libraries that stand on it are imported by what needs them.
+
+>>> import circuit_lens as cl
+>>> issubclass(cl.HookError, cl.CircuitLensError)
+True
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from circuit_lens import errors as errors
+    from circuit_lens import zoo as zoo
+    from circuit_lens.attribution.replacement import LocalReplacementModel as LocalReplacementModel
+    from circuit_lens.attribution.targets import direction as direction
+    from circuit_lens.attribution.targets import logit_difference as logit_difference
+    from circuit_lens.attribution.targets import salient_logits as salient_logits
+    from circuit_lens.errors import CacheError as CacheError
+    from circuit_lens.errors import CircuitLensError as CircuitLensError
+    from circuit_lens.errors import ConsistencyError as ConsistencyError
+    from circuit_lens.errors import DictionaryError as DictionaryError
+    from circuit_lens.errors import GraphFileError as GraphFileError
+    from circuit_lens.errors import HookError as HookError
+    from circuit_lens.errors import LinearizationError as LinearizationError
+    from circuit_lens.errors import NodeNotFoundError as NodeNotFoundError
+    from circuit_lens.errors import ReconstructionError as ReconstructionError
+    from circuit_lens.errors import TargetError as TargetError
+    from circuit_lens.errors import TokenNotFoundError as TokenNotFoundError
+    from circuit_lens.errors import TokensError as TokensError
+    from circuit_lens.graph.graph import AttributionGraph as AttributionGraph
+    from circuit_lens.graph.nodes import Feature as Feature
+    from circuit_lens.graph.nodes import Node as Node
+    from circuit_lens.graph.nodes import NodeKind as NodeKind
+    from circuit_lens.graph.store import load_graph as load_graph
+    from circuit_lens.replacement_model import ReplacementModel as ReplacementModel
+
+__version__ = "0.1.0"
+
+_HOMES = {  # module: the public names that live there
+    "circuit_lens.replacement_model": ("ReplacementModel",),
+    "circuit_lens.attribution.replacement": ("LocalReplacementModel",),
+    "circuit_lens.attribution.targets": ("direction", "logit_difference", "salient_logits"),
+    "circuit_lens.graph.graph": ("AttributionGraph",),
+    "circuit_lens.graph.nodes": ("Feature", "Node", "NodeKind"),
+    "circuit_lens.graph.store": ("load_graph",),
+    "circuit_lens.errors": (
+        "CacheError",
+        "CircuitLensError",
+        "ConsistencyError",
+        "DictionaryError",
+        "GraphFileError",
+        "HookError",
+        "LinearizationError",
+        "NodeNotFoundError",
+        "ReconstructionError",
+        "TargetError",
+        "TokenNotFoundError",
+        "TokensError",
+    ),
+}
+_MODULES = ("errors", "zoo")
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = ["__version__", *_MODULES, *_HOME_OF]  # pyright: ignore[reportUnsupportedDunderAll]
+
+
+def __getattr__(name: str) -> object:
+    """Import a public name from the module it lives in, once."""
+    if name in _MODULES:
+        return importlib.import_module(f"circuit_lens.{name}")
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'circuit_lens' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOME_OF[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,51 @@
+"""The command ``circuit-lens``: one module per subcommand.
+
+To add a command, write ``circuit_lens/cli/<name>.py`` with a function ``<name>`` (typer reads its signature and its
+docstring) and put the name into `COMMANDS`. Such a module imports torch and the rest of the package inside the
+function, never at its top: ``--help`` imports all of them and must stay quick.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from typing import Annotated
+
+import typer
+
+from circuit_lens import __version__
+from circuit_lens.errors import CircuitLensError
+
+COMMANDS: tuple[str, ...] = ()
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"circuit-lens {__version__}")
+        raise typer.Exit
+
+
+def build_app() -> typer.Typer:
+    """Return the typer application with every command of `COMMANDS`."""
+    app = typer.Typer(name="circuit-lens", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+    @app.callback()
+    def root(
+        version: Annotated[
+            bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+        ] = False,
+    ) -> None:
+        """Trace, test and explain what a language model computes."""
+
+    for name in COMMANDS:
+        app.command(name)(getattr(importlib.import_module(f"circuit_lens.cli.{name}"), name))
+    return app
+
+
+def main() -> None:
+    """Run the command line; an error of ours is one clear message and exit status 1, never a traceback."""
+    try:
+        build_app()()
+    except CircuitLensError as error:
+        typer.echo(f"Error: {error}", err=True)
+        sys.exit(1)

@@ -1,0 +1,36 @@
+"""Settings of every test: shapes and types are checked, nothing reaches a network, one thread, nothing is random."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["WANDB_MODE"] = "disabled"
+os.environ["MPLBACKEND"] = "Agg"
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import hypothesis
+import pytest
+import torch
+from jaxtyping import install_import_hook
+
+# Before the package is imported: every function and dataclass of it checks its annotations, shapes included.
+if any(name.startswith("circuit_lens.") for name in sys.modules):
+    raise RuntimeError("circuit_lens was imported before tests/conftest.py could install the checks of its annotations")
+install_import_hook("circuit_lens", "beartype.beartype")
+
+torch.set_num_threads(1)
+hypothesis.settings.register_profile("circuit_lens", deadline=None, derandomize=True, print_blob=True)
+hypothesis.settings.load_profile("circuit_lens")
+
+
+@pytest.fixture
+def assert_untouched() -> Callable[..., AbstractContextManager[None]]:
+    """``with assert_untouched(model): ...`` fails if what runs inside leaves a trace in the model (contract 7)."""
+    from tests.builders import assert_untouched as check
+
+    return check
