@@ -104,7 +104,7 @@ def build_hf(
 ) -> transformers.PreTrainedModel:
     """Return the Hugging Face model that both classes of `build` are made from."""
     with _rng_kept():
-        return _build_hf(name, n_layers, seed).to(dtype)  # pyright: ignore[reportArgumentType]
+        return _build_hf(name, n_layers, seed).to(dtype)
 
 
 def random_tokens(n_pos: int = 12, *, batch: int = 1, seed: int = 0) -> Int[Tensor, "batch n_pos"]:
@@ -216,7 +216,7 @@ def _hooked_config(name: Architecture, hf_config: Any, n_layers: int, dtype: tor
 
 
 def _build_hooked(name: Architecture, dtype: torch.dtype, n_layers: int, fold_ln: bool, seed: int) -> HookedTransformer:
-    hf = _build_hf(name, n_layers, seed).to(dtype)  # pyright: ignore[reportArgumentType]
+    hf = _build_hf(name, n_layers, seed).to(dtype)
     cfg = _hooked_config(name, hf.config, n_layers, dtype)
     state = _CONVERTERS[name](hf, cfg)
     if fold_ln:
@@ -229,7 +229,7 @@ def _build_hooked(name: Architecture, dtype: torch.dtype, n_layers: int, fold_ln
 
 
 def _build_bridge(name: Architecture, dtype: torch.dtype, n_layers: int, fold_ln: bool, seed: int) -> TransformerBridge:
-    hf = _build_hf(name, n_layers, seed).to(dtype)  # pyright: ignore[reportArgumentType]
+    hf = _build_hf(name, n_layers, seed).to(dtype)
     bridge = TransformerBridge.boot_transformers(
         f"local/{name}", hf_model=hf, tokenizer=tokenizer(), device="cpu", dtype=dtype
     )
