@@ -1,0 +1,1 @@
+"""Measurements against peers and physical limits; no part of the package."""
