@@ -1,0 +1,136 @@
+"""Loading and saving of bundled models and dictionaries: offline, no pickle, float16 on disk, float32 in memory."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from circuit_lens.errors import nearest
+from circuit_lens.graph.feature_info import FeatureTable, load_feature_info
+from circuit_lens.zoo.model import ModelShape
+from circuit_lens.zoo.tokenizer import build_tokenizer
+
+if TYPE_CHECKING:
+    from sae_lens import SAE
+    from transformer_lens import HookedTransformer
+
+ASSETS = Path(__file__).parent / "assets"
+MODEL_FILE, CONFIG_FILE, DICTIONARIES = "model.safetensors", "model.json", "dictionaries"
+DEFAULT_SET = "transcoders"
+FEATURE_INFO_FILE = "features.safetensors"
+# Zero by construction, so not stored.
+_ZERO_BIASES = ("attn.b_Q", "attn.b_K", "attn.b_V", "attn.b_O", "unembed.b_U")
+
+
+def names() -> list[str]:
+    """The names of the bundled models."""
+    return sorted(path.parent.name for path in ASSETS.glob(f"*/{CONFIG_FILE}"))
+
+
+def asset_folder(name: str) -> Path:
+    """Where a bundled model lies; an unknown name raises ``ValueError`` with the valid ones."""
+    if name in names():
+        return ASSETS / name
+    raise ValueError(f"There is no bundled model {name!r}{nearest(str(name), names())}. Valid: {', '.join(names())}.")
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """The global random state comes back, and upstream's deprecation warnings stay out of the caller's sight."""
+    state = torch.get_rng_state()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        torch.set_rng_state(state)
+
+
+def build_hooked(shape: ModelShape, state: Mapping[str, Tensor], vocabulary: list[str], name: str) -> HookedTransformer:
+    """A HookedTransformer with these weights (as they are, no processing) and its tokenizer, in evaluation mode."""
+    with _undisturbed():
+        from transformer_lens import HookedTransformer
+
+        model = HookedTransformer(shape.hooked_config(name), tokenizer=build_tokenizer(vocabulary, name))
+        full = model.state_dict()
+        for key, tensor in full.items():
+            if key in state:
+                full[key] = state[key].float()
+            elif key.endswith(_ZERO_BIASES):
+                full[key] = torch.zeros_like(tensor)
+            elif "mask" not in key and "IGNORE" not in key and "rotary" not in key:
+                raise ValueError(f"The weights of {name!r} lack {key!r}")
+        model.load_state_dict(full)
+    model.requires_grad_(True)
+    return model.eval()
+
+
+def save_model(
+    folder: Path,
+    shape: ModelShape,
+    state: Mapping[str, Tensor],
+    vocabulary: list[str],
+    *,
+    name: str,
+    provenance: Mapping[str, object],
+) -> None:
+    """Weights in float16 and one JSON file with the shape, the vocabulary and how the model was made."""
+    folder.mkdir(parents=True, exist_ok=True)
+    stored = {key: tensor.half().contiguous() for key, tensor in state.items() if not key.endswith(_ZERO_BIASES)}
+    save_file(stored, folder / MODEL_FILE)
+    config = {"name": name, "shape": asdict(shape), "provenance": dict(provenance), "vocabulary": vocabulary}
+    (folder / CONFIG_FILE).write_text(json.dumps(config, ensure_ascii=False), encoding="utf-8")
+
+
+def load_model_from(folder: Path) -> HookedTransformer:
+    """The model in a folder that `save_model` wrote."""
+    config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    return build_hooked(
+        ModelShape(**config["shape"]), load_file(folder / MODEL_FILE), config["vocabulary"], config["name"]
+    )
+
+
+def load_model(name: str = "capitals") -> HookedTransformer:
+    """A bundled model as a HookedTransformer in float32 on the CPU, with its tokenizer.
+
+    Needs no network and leaves the global random state as it was. ``names()`` lists the valid names.
+    """
+    return load_model_from(asset_folder(name))
+
+
+def load_dictionaries_from(folder: Path) -> list[SAE]:
+    """SAELens dictionaries in a folder with one SAELens folder per hook, in the order of the layers."""
+    with _undisturbed():
+        from sae_lens import SAE
+
+        found = sorted(path.parent for path in folder.glob("*/cfg.json"))
+        return [SAE.load_from_disk(str(path), dtype="float32", device="cpu") for path in found]
+
+
+def dictionary_sets(name: str = "capitals") -> list[str]:
+    """The names of the dictionary sets that are bundled with a model."""
+    return sorted(path.name for path in (asset_folder(name) / DICTIONARIES).iterdir() if path.is_dir())
+
+
+def load_dictionaries(name: str = "capitals", which: str = DEFAULT_SET) -> list[SAE]:
+    """A bundled model's dictionaries, one per layer, as SAELens objects in float32 on the CPU.
+
+    ``sae.cfg.metadata`` has ``hook_name`` (read) and ``hook_name_out`` (written).
+    """
+    if which not in dictionary_sets(name):
+        raise ValueError(f"{name!r} has no dictionary set {which!r}. Valid: {', '.join(dictionary_sets(name))}")
+    return load_dictionaries_from(asset_folder(name) / DICTIONARIES / which)
+
+
+def load_features(name: str = "capitals", which: str = DEFAULT_SET) -> FeatureTable:
+    """What is known about the features of a bundled model's dictionaries."""
+    return load_feature_info(asset_folder(name) / DICTIONARIES / which / FEATURE_INFO_FILE)

@@ -1,0 +1,224 @@
+"""How the bundled models are made: every artefact from seeds, each one skipped if the work folder has it already.
+
+work/models/<name>-<seed>/            the model as it ships (float16 weights, JSON)
+work/dictionaries/<name>-<seed>-<n>/  its transcoders as they ship, one SAELens folder per hook
+work/figures/<key>.json               the figures, measured on what ships
+
+A folder is written beside its place and renamed when it is complete, so an interrupted run loses the artefact it was
+making and nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from circuit_lens.zoo.batches import HeldOutText, held_out_text
+from circuit_lens.zoo.corpus import Corpus
+from circuit_lens.zoo.loading import (
+    ASSETS,
+    DEFAULT_SET,
+    DICTIONARIES,
+    FEATURE_INFO_FILE,
+    load_dictionaries_from,
+    load_model_from,
+    save_model,
+)
+from circuit_lens.zoo.model import hooked_state
+from circuit_lens.zoo.tokenizer import build_vocabulary
+from circuit_lens.zoo.train import TrainingSettings, train_model
+
+if TYPE_CHECKING:
+    from circuit_lens.training.transcoder import TranscoderSettings
+
+CAPITALS, SHORTCUT = "capitals", "capitals-shortcut"
+MODELS: dict[str, TrainingSettings] = {
+    CAPITALS: TrainingSettings(),
+    SHORTCUT: TrainingSettings(trained_embedding=True),
+}
+RUNS: tuple[tuple[str, int, tuple[int, ...]], ...] = (
+    # (model, model seed, dictionary seeds)
+    (CAPITALS, 0, (0, 1)),
+    (CAPITALS, 1, (0, 1)),
+    (CAPITALS, 2, (0, 1)),
+    (SHORTCUT, 0, (0, 1)),
+)
+ROW_LENGTH = 64
+# Seeds of texts; models are trained on the texts 1000 + seed.
+DICTIONARY_TEXT, FIGURES_TEXT, FEATURES_TEXT = 5000, 9000, 9001
+DICTIONARY_TOKENS, FIGURES_TOKENS, FEATURES_TOKENS = 400_000, 100_000, 100_000
+
+
+def transcoder_settings() -> TranscoderSettings:
+    """The settings of every bundled transcoder."""
+    from circuit_lens.training.transcoder import TranscoderSettings
+
+    return TranscoderSettings()
+
+
+@contextmanager
+def _new_folder(place: Path) -> Iterator[Path]:
+    """A folder that appears at ``place`` when the block ends without an exception."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=place.parent, prefix=f".{place.name}.") as temporary:
+        inside = Path(temporary) / place.name
+        inside.mkdir()
+        yield inside
+        if place.exists():
+            shutil.rmtree(place)
+        inside.rename(place)
+
+
+def halve_weights(folder: Path) -> None:
+    """Rewrite a SAELens folder's weights in float16; SAELens loads them in any dtype asked for."""
+    path = folder / "sae_weights.safetensors"
+    save_file({name: tensor.half().contiguous() for name, tensor in load_file(path).items()}, path)
+
+
+@dataclass(frozen=True, slots=True)
+class Workshop:
+    """Where artefacts are made, and what tells the user how it goes."""
+
+    work: Path
+    say: Callable[[str], None] = print
+
+    def model_folder(self, name: str, seed: int) -> Path:
+        """Where a trained model lies or will lie."""
+        return self.work / "models" / f"{name}-{seed}"
+
+    def dictionaries_folder(self, name: str, seed: int, dictionary_seed: int) -> Path:
+        """Where a set of transcoders lies or will lie."""
+        return self.work / "dictionaries" / f"{name}-{seed}-{dictionary_seed}"
+
+    def make_model(self, corpus: Corpus, name: str, seed: int) -> Path:
+        """Train and keep one model."""
+        folder = self.model_folder(name, seed)
+        if folder.exists():
+            return folder
+        settings = MODELS[name]
+        vocabulary = build_vocabulary(corpus.words())
+        started = time.perf_counter()
+
+        def progress(step: int, loss: float) -> None:
+            if step % 250 == 0:
+                seconds = time.perf_counter() - started
+                self.say(f"{name} seed {seed}: step {step}/{settings.steps}, loss {loss:.3f}, {seconds:.0f} s")
+
+        model = train_model(corpus, vocabulary, settings, seed=seed, progress=progress)
+        provenance = {"seed": seed, "settings": asdict(settings), "seconds": round(time.perf_counter() - started)}
+        with _new_folder(folder) as place:
+            save_model(place, model.shape, hooked_state(model), vocabulary, name=name, provenance=provenance)
+        return folder
+
+    def make_dictionaries(self, corpus: Corpus, name: str, seed: int, dictionary_seed: int) -> Path:
+        """Train and keep one set of transcoders on the model as it ships."""
+        from circuit_lens.training.activations import mlp_activations
+        from circuit_lens.training.transcoder import train_transcoder
+
+        folder = self.dictionaries_folder(name, seed, dictionary_seed)
+        if folder.exists():
+            return folder
+        model = load_model_from(self.model_folder(name, seed))
+        text = self.text(corpus, DICTIONARY_TOKENS, DICTIONARY_TEXT + dictionary_seed)
+        with _new_folder(folder) as place:
+            for layer in range(model.cfg.n_layers):
+                started = time.perf_counter()
+                (data,) = mlp_activations(model, text.rows.tokens, text.rows.real, layers=[layer])
+                train_transcoder(
+                    data.inputs,
+                    data.outputs,
+                    hook_in=data.hook_in,
+                    hook_out=data.hook_out,
+                    settings=transcoder_settings(),
+                    seed=100 * dictionary_seed + layer,
+                    metadata={"model_name": name, "model_seed": seed, "dictionary_seed": dictionary_seed},
+                    folder=place / data.hook_out,
+                    progress=False,
+                )
+                halve_weights(place / data.hook_out)
+                seconds = time.perf_counter() - started
+                self.say(f"{name} seed {seed}: transcoder {data.hook_out}, seed {dictionary_seed}, {seconds:.0f} s")
+        return folder
+
+    def text(self, corpus: Corpus, n_tokens: int, seed: int) -> HeldOutText:
+        """Text that no model was trained on."""
+        ids = {word: index for index, word in enumerate(build_vocabulary(corpus.words()))}
+        return held_out_text(corpus, ids, n_tokens=n_tokens, length=ROW_LENGTH, seed=seed)
+
+    def figures(self, key: str, measure: Callable[[], Any]) -> dict[str, Any]:
+        """The record that ``measure`` returns, as JSON data; measured once."""
+        path = self.work / "figures" / f"{key}.json"
+        if not path.exists():
+            record = json.dumps(asdict(measure()), indent=1, ensure_ascii=False)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary = path.with_suffix(".partial")
+            temporary.write_text(record, encoding="utf-8")
+            temporary.rename(path)
+        return json.loads(path.read_text(encoding="utf-8"))
+
+    def measure(self, corpus: Corpus, name: str, seed: int, dictionary_seed: int) -> tuple[dict, dict]:
+        """(behaviour of the model, figures of its transcoders)."""
+        from circuit_lens.zoo.dictionary_figures import measure_dictionaries
+        from circuit_lens.zoo.evaluate import measure_behaviour
+
+        model = load_model_from(self.model_folder(name, seed))
+        behaviour = self.figures(f"{name}-{seed}", lambda: measure_behaviour(model, corpus))
+        dictionaries = load_dictionaries_from(self.dictionaries_folder(name, seed, dictionary_seed))
+        text = self.text(corpus, FIGURES_TOKENS, FIGURES_TEXT)
+        figures = self.figures(
+            f"{name}-{seed}-{dictionary_seed}", lambda: measure_dictionaries(model, dictionaries, corpus, text)
+        )
+        return behaviour, figures
+
+    def ship(self, corpus: Corpus, name: str, seed: int, dictionary_seed: int, assets: Path = ASSETS) -> Path:
+        """Copy a model and one set of its transcoders into the package, with their feature information."""
+        from circuit_lens.zoo.feature_information import feature_information
+
+        place = assets / name
+        with _new_folder(place) as new:
+            shutil.copytree(self.model_folder(name, seed), new, dirs_exist_ok=True)
+            target = new / DICTIONARIES / DEFAULT_SET
+            shutil.copytree(self.dictionaries_folder(name, seed, dictionary_seed), target)
+            model, dictionaries = load_model_from(new), load_dictionaries_from(target)
+            text = self.text(corpus, FEATURES_TOKENS, FEATURES_TEXT)
+            table = feature_information(
+                model,
+                dictionaries,
+                text,
+                build_vocabulary(corpus.words()),
+                description=f"held-out text of the generator, seed {FEATURES_TEXT}",
+            )
+            table.save(target / FEATURE_INFO_FILE)
+        self.say(f"shipped {name}: model seed {seed}, dictionary seed {dictionary_seed}")
+        return place
+
+
+def make_everything(workshop: Workshop, runs: tuple[tuple[str, int, tuple[int, ...]], ...] = RUNS) -> None:
+    """Train, measure, choose, ship, report."""
+    from circuit_lens.zoo.report import Measured, choose, write_report
+
+    torch.set_num_threads(1)
+    corpus = Corpus()
+    measured: list[Measured] = []
+    for name, seed, dictionary_seeds in runs:
+        workshop.make_model(corpus, name, seed)
+        for dictionary_seed in dictionary_seeds:
+            workshop.make_dictionaries(corpus, name, seed, dictionary_seed)
+            behaviour, figures = workshop.measure(corpus, name, seed, dictionary_seed)
+            measured.append(Measured(name, seed, dictionary_seed, behaviour, figures))
+            workshop.say(measured[-1].summary())
+    shipped = {name: choose(measured, name) for name in dict.fromkeys(name for name, _, _ in runs)}
+    for name, pair in shipped.items():
+        workshop.ship(corpus, name, pair.seed, pair.dictionary_seed)
+    path = write_report(measured, shipped)
+    workshop.say(f"wrote {path}")

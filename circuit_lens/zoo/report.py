@@ -1,0 +1,257 @@
+"""The report of the bundled models: which pair is shipped and why, and every figure that was measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from circuit_lens.zoo.loading import ASSETS, DICTIONARIES
+
+REPORT = Path(__file__).parent / "REPORT.md"
+BUDGET_BYTES = 15_000_000
+CAPITALS, SHORTCUT = "capitals", "capitals-shortcut"
+
+Record = Mapping[str, Any]
+
+
+def share(accuracy: Record) -> float:
+    """Share of right answers of an accuracy record."""
+    return accuracy["right"] / accuracy["asked"]
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """One model and one set of transcoders with their figures, as JSON data."""
+
+    name: str
+    seed: int
+    dictionary_seed: int
+    behaviour: Record
+    figures: Record
+
+    @property
+    def added_loss(self) -> float:
+        """Nats that replacing every MLP costs."""
+        return self.figures["loss_replaced"] - self.figures["loss"]
+
+    def layer_values(self, figure: str) -> list[float]:
+        """One figure of every layer."""
+        return [layer[figure] for layer in self.figures["layers"]]
+
+    @property
+    def best_patch(self) -> float:
+        """People described rightly by the best patch after a block that is neither the first depth nor the last."""
+        return max(share(accuracy) for accuracy in self.behaviour["people_patch_by_depth"][1:-1])
+
+    def targets(self) -> dict[str, tuple[float, bool]]:
+        """Every target: (the figure, whether it is met)."""
+        antonyms, mediation = self.behaviour["antonyms"], self.figures["mediation"]
+        probe = self.behaviour["state_probe_by_depth"]
+        rows: list[tuple[str, float, Callable[[float], bool]]] = [
+            ("Austin first, probability", _probability(self.behaviour["dallas"], "Austin"), lambda x: x >= 0.5),
+            ("two-hop, held-out cities ≥ .95", share(self.behaviour["two_hop"]["held-out cities"]), _at_least(0.95)),
+            ("state probe at the embedding ≤ .05 (chance .02)", probe[0], _at_most(0.05)),
+            ("state probe after a block ≥ .9", max(probe[1:]), _at_least(0.9)),
+            ("held-out antonyms, French ≥ .8", share(antonyms["French, held-out"]), _at_least(0.8)),
+            ("held-out antonyms, Spanish ≥ .8", share(antonyms["Spanish, held-out"]), _at_least(0.8)),
+            ("names: patch after a middle block ≥ .7", self.best_patch, _at_least(0.7)),
+            ("names: embedding patch ≤ .2", share(self.behaviour["people_patch_by_depth"][0]), _at_most(0.2)),
+            ("loss added, every MLP replaced ≤ .05 nats", self.added_loss, _at_most(0.05)),
+            ("active features per token, largest layer ≤ 12", max(self.layer_values("l0")), _at_most(12)),
+            ("explained variance, worst layer ≥ .94", min(self.layer_values("explained_variance")), _at_least(0.94)),
+            ("dead features, mean ≤ .25", fmean(self.layer_values("dead")), _at_most(0.25)),
+            ("Dallas → Austin through Texas ≥ .6", mediation["share"], _at_least(0.6)),
+            ("through the control state ≤ .15", mediation["control"], _at_most(0.15)),
+        ]
+        return {name: (figure, met(figure)) for name, figure, met in rows}
+
+    def summary(self) -> str:
+        """One line."""
+        found = self.targets()
+        missed = [f"{name}: {figure:.3f}" for name, (figure, met) in found.items() if not met]
+        met = len(found) - len(missed)
+        return f"{self.name} seed {self.seed}/{self.dictionary_seed}: {met}/{len(found)} targets; missed: {missed}"
+
+
+def _at_least(limit: float) -> Callable[[float], bool]:
+    return lambda figure: figure >= limit
+
+
+def _at_most(limit: float) -> Callable[[float], bool]:
+    return lambda figure: figure <= limit
+
+
+def _probability(tokens: Sequence[Sequence[Any]], token: str) -> float:
+    """The probability of ``token`` if it stands first, else 0."""
+    return tokens[0][1] if tokens[0][0] == token else 0.0
+
+
+def choose(measured: Iterable[Measured], name: str) -> Measured:
+    """The pair to ship: most targets met, then the largest share of the Dallas → Austin effect through Texas."""
+    candidates = [pair for pair in measured if pair.name == name]
+    return max(
+        candidates,
+        key=lambda pair: (sum(met for _, met in pair.targets().values()), pair.figures["mediation"]["share"]),
+    )
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    return [*lines, *("| " + " | ".join(row) + " |" for row in rows), ""]
+
+
+def _column(pair: Measured) -> str:
+    return f"{pair.seed}/{pair.dictionary_seed}"
+
+
+def _targets_table(pairs: Sequence[Measured]) -> list[str]:
+    names = list(pairs[0].targets())
+    rows = []
+    for name in names:
+        cells = [pair.targets()[name] for pair in pairs]
+        rows.append([name, *(f"{figure:.3f}" + ("" if met else " ✗") for figure, met in cells)])
+    return _table(["model seed / dictionary seed", *(_column(pair) for pair in pairs)], rows)
+
+
+def _layers_table(pairs: Sequence[Measured]) -> list[str]:
+    def joined(pair: Measured, figure: str, form: str) -> str:
+        return " ".join(format(value, form) for value in pair.layer_values(figure))
+
+    rows = [
+        [
+            _column(pair),
+            joined(pair, "explained_variance", ".3f"),
+            joined(pair, "l0", ".1f"),
+            joined(pair, "dead", ".2f"),
+            f"{pair.figures['loss']:.3f}",
+            f"{pair.figures['loss_replaced']:.3f}",
+            f"{pair.figures['loss_zeroed']:.2f}",
+        ]
+        for pair in pairs
+    ]
+    header = ["seeds", "explained variance", "active per token", "dead share", "loss", "MLPs replaced", "MLPs zeroed"]
+    return _table(header, rows)
+
+
+def _mediation_table(pairs: Sequence[Measured]) -> list[str]:
+    rows = []
+    for pair in pairs:
+        found = pair.figures["mediation"]
+        values = [found[key] for key in ("effect", "share", "control", "others_mean", "others_max")]
+        members = ", ".join(f"L{layer} #{index}" for layer, index in found["members"])
+        rows.append([_column(pair), *(f"{value:.3f}" for value in values), members or "none"])
+    header = ["seeds", "effect (logit)", "through Texas", "California", "other states, mean", "largest", "members"]
+    return _table(header, rows)
+
+
+def _behaviour_table(pairs: Sequence[Measured]) -> list[str]:
+    by_seed = {pair.seed: pair.behaviour for pair in pairs}
+    first = next(iter(by_seed.values()))
+    rows: list[list[str]] = []
+    for group in ("two_hop", "facts", "antonyms"):
+        for name, accuracy in first[group].items():
+            cells = [f"{share(behaviour[group][name]):.3f}" for behaviour in by_seed.values()]
+            rows.append([f"{group.replace('_', '-')}: {name} ({accuracy['asked']})", *cells])
+    depths = ["embedding", *(f"after block {n}" for n in range(len(first["state_probe_by_depth"]) - 1))]
+    for number, depth in enumerate(depths):
+        cells = [f"{behaviour['state_probe_by_depth'][number]:.3f}" for behaviour in by_seed.values()]
+        rows.append([f"state probe, {depth}", *cells])
+    for number, depth in enumerate(depths):
+        cells = [f"{share(behaviour['people_patch_by_depth'][number]):.3f}" for behaviour in by_seed.values()]
+        rows.append([f"names, patched at the {depth}" if number == 0 else f"names, patched {depth}", *cells])
+    cells = [f"{share(behaviour['people_unpatched']):.3f}" for behaviour in by_seed.values()]
+    rows.append(["names, written out in the description prompt", *cells])
+    return _table(["share right, by model seed", *(str(seed) for seed in by_seed)], rows)
+
+
+def _budget_table(assets: Path) -> list[str]:
+    rows, total = [], 0
+    for model in sorted(path for path in assets.iterdir() if path.is_dir()):
+        parts = {"model": [p for p in model.iterdir() if p.is_file()]}
+        for folder in sorted((model / DICTIONARIES).iterdir()):
+            files = [path for path in folder.rglob("*") if path.is_file()]
+            parts[f"{folder.name}: weights"] = [path for path in files if path.parent != folder]
+            parts[f"{folder.name}: feature information"] = [path for path in files if path.parent == folder]
+        for name, files in parts.items():
+            size = sum(path.stat().st_size for path in files)
+            total += size
+            rows.append([model.name, name, f"{size:,}"])
+    rows.append(["**all**", "", f"**{total:,}**"])
+    rows.append(["left of the budget", "", f"{BUDGET_BYTES - total:,} of {BUDGET_BYTES:,}"])
+    return _table(["model", "part", "bytes on disk"], rows)
+
+
+_INTRODUCTION = """# The bundled models: how they were made, and what they can do
+
+Made by `python -m circuit_lens.zoo`; every figure below was measured by it, on the files as they ship (weights
+rounded to float16, computed in float32). Held-out means never seen in that form in training (`corpus.py`). A cross
+marks a target that is missed. Seeds are written model seed / dictionary seed.
+"""
+
+_STRETCH = """## Names of several tokens
+
+The people in the tables share first names and last names, so no single piece of a name says who is meant. The last
+token of a name comes to carry the whole person because the pieces before it are hidden, in the attention mask, from
+everything after the name in {hide:.0%} of the training sentences (`TrainingSettings.hide`, `Rows.visible_until`); at
+test time nothing is hidden. Patching that token's residual stream into the description prompt then describes the
+right person at the depth where the prompt reads it, and fails at the embedding, where only the shared surname is
+present. Not tried: names in sub-word pieces.
+"""
+
+
+def write_report(
+    measured: Sequence[Measured], shipped: Mapping[str, Measured], *, path: Path = REPORT, assets: Path = ASSETS
+) -> Path:
+    """The report as Markdown; returns where it was written."""
+    from circuit_lens.zoo.recipe import DICTIONARY_TOKENS, MODELS, transcoder_settings
+
+    capitals = [pair for pair in measured if pair.name == CAPITALS]
+    shortcut = [pair for pair in measured if pair.name == SHORTCUT]
+    best = shipped[CAPITALS]
+    settings, transcoders = MODELS[CAPITALS], transcoder_settings()
+    met = sum(met for _, met in best.targets().values())
+    tokens = settings.steps * settings.batch * settings.length
+    lines = [_INTRODUCTION, "## Shipped", ""]
+    lines += [
+        f"`{CAPITALS}` is model seed {best.seed} with dictionary seed {best.dictionary_seed}: it meets {met} of "
+        f"{len(best.targets())} targets, and of the pairs that meet most, it is the one in which the largest share of "
+        "the Dallas → Austin effect runs through Texas features (the rule is `choose` in `report.py`).",
+        "",
+        f"Model: {settings.steps} steps of {settings.batch} × {settings.length} tokens ({tokens:,} in all), Muon "
+        f"{settings.muon_lr} inside the blocks and AdamW {settings.adam_lr} elsewhere. Transcoders: "
+        f"{transcoders.d_sae} features, BatchTopK {transcoders.k:g} saved as JumpReLU, {transcoders.steps} steps of "
+        f"{transcoders.batch} tokens from {DICTIONARY_TOKENS:,} tokens of text. Figures of dictionaries are on "
+        f"{best.figures['n_tokens']:,} tokens of other text; a dead feature is active on none of them. BOS is left out "
+        "of both, and keeps its MLP outputs when every MLP is replaced.",
+        "",
+        "## Targets: `capitals`, all seeds",
+        "",
+        *_targets_table(capitals),
+        *_behaviour_table(capitals),
+        "## Transcoders: `capitals`",
+        "",
+        *_layers_table(capitals),
+        "The linear effect of the embedding of Dallas on the logit of Austin, with attention patterns, norm scales and "
+        "active features frozen, and the shares that run through the features that detect a state at the city's "
+        "position (active on at least half of the state's cities and at most 30 % of the others on a neutral prompt):",
+        "",
+        *_mediation_table(capitals),
+    ]
+    if shortcut:
+        lines += [
+            "## The negative control: `capitals-shortcut`",
+            "",
+            "The same with a trained embedding: the answers are as good, but the state can be in the city's embedding "
+            "already, and then the transcoders have no step from the city to the state to explain.",
+            "",
+            *_targets_table(shortcut),
+            *_behaviour_table(shortcut),
+            *_layers_table(shortcut),
+            *_mediation_table(shortcut),
+        ]
+    lines += [_STRETCH.format(hide=settings.hide), "## Bytes", "", *_budget_table(assets)]
+    path.write_text("\n".join(lines), encoding="utf-8")
+    return path
