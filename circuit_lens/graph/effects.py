@@ -45,7 +45,7 @@ def total_effect(
     f, gain = nodes.n_features, chain_gain(nodes)
     if blocked is not None:
         gain = torch.where(blocked, 0.0, gain)
-    total = adjacency[row].double()
+    total = adjacency[row].to(torch.float64, copy=True)
     for group in reversed(nodes.groups):
         weight = total[group] * gain[group]
         for start, stop in ((0, group.start), (f, nodes.n_sources)):

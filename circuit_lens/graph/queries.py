@@ -163,7 +163,9 @@ class GraphQueries:
         for i, row in rows.items():
             if row is None:
                 kind = NodeKind(int(self.nodes.kind[i])).name.lower()
-                raise GraphError(f"{self.nodes.name(i)} is a {kind} node and has no inputs; features and logits have.")
+                raise GraphError(
+                    f"{self.nodes.name(i)} is of the kind {kind} and has no inputs; features and logits have."
+                )
         return torch.tensor([row for row in rows.values() if row is not None], dtype=torch.long)
 
     def _sources(self, ref: NodeRef | Iterable[NodeRef]) -> list[int]:
