@@ -1,0 +1,1 @@
+"""Attribution graphs by linearised Jacobians: the frozen linear model of one prompt and its rows."""

@@ -1,0 +1,145 @@
+"""From rows over columns to an attribution graph: which columns become nodes, in the graph's one order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from circuit_lens.attribution.sources import Sources
+from circuit_lens.graph.nodes import NodeKind, NodeTable, Section
+
+Label = Callable[[str, int, int], str]
+
+
+@dataclass(frozen=True, eq=False)
+class Columns:
+    """The nodes of a graph that are sources, and how to gather their columns from a row.
+
+    Attributes:
+        sections: One section per kind of node, features first.
+        sites: Names the sections' ``site`` columns index.
+        member: For every column of a row, the source node it is summed into.
+        n_nodes: Number of source nodes.
+    """
+
+    sections: list[Section]
+    sites: tuple[str, ...]
+    member: Int[Tensor, "n_columns"]
+    n_nodes: int
+
+    def gather(self, rows: Float[Tensor, "n n_columns"]) -> Float[Tensor, "n n_nodes"]:
+        """Sum the columns of each node."""
+        return rows.new_zeros(len(rows), self.n_nodes).index_add_(1, self.member.to(rows.device), rows)
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """One source node that is no feature, and the columns summed into it."""
+
+    kind: NodeKind
+    layer: int
+    pos: int
+    site: int
+    index: int
+    columns: tuple[int, ...]
+
+
+def lay_out(
+    sources: Sources, selected: Int[Tensor, "n_selected"], tokens: Int[Tensor, "n_pos"], label: Label
+) -> Columns:
+    """Decide the source nodes of a graph.
+
+    Args:
+        sources: All sources.
+        selected: Columns of the features that become nodes, ascending; the others are summed into rest nodes.
+        tokens: Token ids, for the token nodes.
+        label: Label of a feature by site, layer and index.
+    """
+    sites = _sites(sources)
+    entries = sorted(
+        [*_points(sources, sites, tokens), *_rest(sources, selected, sites)],
+        key=lambda e: (e.kind, e.layer, e.pos, e.site),
+    )
+    member = torch.full((sources.n_columns,), -1, dtype=torch.long)
+    member[selected] = torch.arange(len(selected))
+    for i, entry in enumerate(entries, start=len(selected)):
+        member[list(entry.columns)] = i
+    n_nodes = len(selected) + len(entries)
+    # Columns of patches at unpatched positions are zero and belong to no node; they are summed into one dropped at the end.
+    return Columns(
+        [_features(sources, selected, sites, label), *_sections(entries)], sites, _without_orphans(member, n_nodes), n_nodes
+    )
+
+
+def _without_orphans(member: Int[Tensor, "n_columns"], n_nodes: int) -> Int[Tensor, "n_columns"]:
+    """Point columns of no node (zero by construction) at the last node, where adding them changes nothing."""
+    return torch.where(member < 0, n_nodes - 1, member)
+
+
+def _sites(sources: Sources) -> tuple[str, ...]:
+    names = [f.dictionary.site for f in sources.features] + [p.site for p in sources.points]
+    return tuple(dict.fromkeys([*names, ""]))
+
+
+def _features(sources: Sources, selected: Int[Tensor, "n_selected"], sites: tuple[str, ...], label: Label) -> Section:
+    layer, pos, index, act, site, labels = [], [], [], [], [], []
+    for f in sources.features:
+        here = selected[(selected >= f.start) & (selected < f.start + len(f))].to(f.pos.device) - f.start
+        pos.append(f.pos[here].cpu())
+        index.append(f.index[here].cpu())
+        act.append(f.act[here].cpu())
+        layer.append(torch.full((len(here),), f.dictionary.layer))
+        site.append(torch.full((len(here),), sites.index(f.dictionary.site)))
+        labels += [label(f.dictionary.site, f.dictionary.layer, i) for i in index[-1].tolist()]
+    empty = torch.zeros(0, dtype=torch.long)
+    if not sources.features:
+        return Section(NodeKind.FEATURE, empty, empty, empty, empty, torch.zeros(0), ())
+    return Section(
+        NodeKind.FEATURE, torch.cat(pos), torch.cat(layer), torch.cat(index), torch.cat(site), torch.cat(act), labels
+    )
+
+
+def _points(sources: Sources, sites: tuple[str, ...], tokens: Int[Tensor, "n_pos"]) -> list[_Entry]:
+    grouped: dict[tuple[NodeKind, int, int], list[int]] = {}
+    for i, point in enumerate(sources.points):
+        grouped.setdefault((point.kind, point.node_layer, sites.index(point.site)), []).append(i)
+    entries = []
+    for (kind, layer, site), members in grouped.items():
+        for pos in range(sources.n_pos):
+            if kind is NodeKind.PATCH and not bool(sources.points[members[0]].vectors[pos].any()):
+                continue
+            index = int(tokens[pos]) if kind is NodeKind.TOKEN else 0
+            entries.append(_Entry(kind, layer, pos, site, index, tuple(sources.column(i) + pos for i in members)))
+    return entries
+
+
+def _rest(sources: Sources, selected: Int[Tensor, "n_selected"], sites: tuple[str, ...]) -> list[_Entry]:
+    chosen = torch.zeros(sources.n_columns, dtype=torch.bool)
+    chosen[selected] = True
+    entries = []
+    for f in sources.features:
+        for pos in range(sources.n_pos):
+            at = f.at(pos)
+            columns = [c for c in range(f.start + at.start, f.start + at.stop) if not chosen[c]]
+            if columns:
+                site = sites.index(f.dictionary.site)
+                entries.append(_Entry(NodeKind.REST, f.dictionary.layer, pos, site, len(columns), tuple(columns)))
+    return entries
+
+
+def _sections(entries: Sequence[_Entry]) -> list[Section]:
+    sections = []
+    for kind in sorted({e.kind for e in entries}):
+        part = [e for e in entries if e.kind is kind]
+        columns = {name: torch.tensor([getattr(e, name) for e in part]) for name in ("pos", "layer", "index", "site")}
+        sections.append(Section(kind, columns["pos"], columns["layer"], columns["index"], columns["site"]))
+    return sections
+
+
+def table(columns: Columns, logits: Section) -> NodeTable:
+    """Return the graph's node table: the source nodes, then the targets."""
+    return NodeTable.build([*columns.sections, logits], sites=columns.sites)

@@ -1,0 +1,277 @@
+"""From a local replacement model to an attribution graph: which features get rows, and in what order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from tqdm import tqdm
+
+from circuit_lens.attribution.assemble import lay_out, table
+from circuit_lens.attribution.autograd import rows_by_autograd
+from circuit_lens.attribution.replacement import LocalReplacementModel
+from circuit_lens.attribution.targets import Resolved, Targets, TokenLogits, stack
+from circuit_lens.errors import ConsistencyError, NodeNotFoundError, TargetError
+from circuit_lens.graph.graph import AttributionGraph
+from circuit_lens.graph.nodes import Feature, Node, NodeKind, Section
+from circuit_lens.graph.records import TopLogits
+from circuit_lens.running import token_string
+
+_RERANK_EVERY = 256
+# Largest difference of a fast row from the reference, relative to the row's largest entry, per dtype of the model.
+AGREEMENT = {torch.float64: 1e-8, torch.float32: 1e-4, torch.float16: 5e-2, torch.bfloat16: 0.2}
+
+
+def attribute(
+    local: LocalReplacementModel,
+    targets: Any = None,
+    *,
+    max_features: int | None = None,
+    rerank_every: int | None = None,
+    batch_size: int | None = None,
+    progress: bool | None = None,
+) -> AttributionGraph:
+    """Return the attribution graph of a prompt.
+
+    Args:
+        local: The prompt's local replacement model.
+        targets: What to explain; see ``ReplacementModel.attribute``.
+        max_features: At most this many features become nodes with rows, those with the most influence on the targets;
+            the others are summed into rest nodes, so that rows still conserve. None: all active ones.
+        rerank_every: Rows after which influence is computed anew to choose the next features; the choice depends on it,
+            and never on ``batch_size``.
+        batch_size: Rows computed at once; bounds memory, does not change the graph.
+        progress: Show a progress bar; None shows it for work that takes more than two seconds.
+
+    Raises:
+        TargetError: See ``ReplacementModel.attribute``.
+        ValueError: A limit below one.
+    """
+    for name, value in (("max_features", max_features), ("rerank_every", rerank_every), ("batch_size", batch_size)):
+        if value is not None and value < (0 if name == "max_features" else 1):
+            raise ValueError(f"{name}={value} is not valid; give a positive number or None")
+    resolved = local.resolve(targets)
+    total = local.n_active if max_features is None else min(max_features, local.n_active)
+    bar = tqdm(
+        total=total + len(resolved), desc="attribution", unit="row", disable=progress is False, leave=False,
+        delay=0 if progress else 2,
+    )  # fmt: skip
+    with bar:
+        builder = _Builder(local, resolved, batch_size, bar.update)
+        chosen = builder.choose(total, rerank_every or _RERANK_EVERY)
+        builder.verify(chosen)
+        return builder.graph(chosen, max_features)
+
+
+def expand(local: LocalReplacementModel, graph: AttributionGraph, node: Any) -> AttributionGraph:
+    """Return the graph with more features as nodes; see ``LocalReplacementModel.expand``."""
+    _require_same(local, graph)
+    new = _columns_of(local, graph, node)
+    kept = [_column(local, graph.node(i)) for i in range(graph.nodes.n_features)]
+    if not set(new) - set(kept):
+        raise NodeNotFoundError(f"{node} already has a row of its own in this graph")
+    resolved = _resolve_again(local, graph)
+    builder = _Builder(local, resolved, None, None)
+    chosen = torch.tensor(sorted({*kept, *new}), dtype=torch.long)
+    builder.compute(chosen)
+    limit = graph.manifest.get("options", {}).get("max_features")
+    return replace(builder.graph(chosen, limit), prompt=graph.prompt)
+
+
+class _Builder:
+    """Computes rows and keeps them by column until the graph is laid out."""
+
+    def __init__(
+        self,
+        local: LocalReplacementModel,
+        resolved: Sequence[Resolved],
+        batch_size: int | None,
+        progress: Callable[[int], Any] | None,
+    ) -> None:
+        self.local, self.resolved, self.batch_size, self.progress = local, list(resolved), batch_size, progress
+        self.logits = stack(self.resolved)
+        self.logit_rows = self._rows(self.logits)
+        self.done: list[Tensor] = []
+        self.feature_rows: list[Float[Tensor, "n n_columns"]] = []
+
+    def _rows(self, targets: Targets) -> Float[Tensor, "n n_columns"]:
+        return self.local.rows(targets, batch_size=self.batch_size, progress=self.progress)
+
+    def compute(self, columns: Tensor) -> None:
+        """Compute the rows of the features with these columns."""
+        self.feature_rows.append(self._rows(self.local.feature_targets(columns.tolist())))
+        self.done.append(columns)
+
+    def choose(self, total: int, rerank_every: int) -> Tensor:
+        """Compute the rows of ``total`` features, the most influential first, and return their columns, ascending."""
+        n_active = self.local.n_active
+        if total == n_active:
+            self.compute(torch.arange(n_active))
+            return torch.arange(n_active)
+        chosen = torch.zeros(0, dtype=torch.long)
+        while len(chosen) < total:
+            ranked = self._influence()
+            ranked[chosen] = -1
+            # Stable: ties go to the lower column.
+            order = torch.argsort(ranked, descending=True, stable=True)
+            new = order[: min(rerank_every, total - len(chosen))].sort().values
+            self.compute(new)
+            chosen = torch.cat([chosen, new]).sort().values
+        return chosen
+
+    def _influence(self) -> Float[Tensor, "n_active"]:
+        """Influence of every active feature along the rows known so far, counted sources of convention "paper"."""
+        local = self.local
+        n_active, sources = local.n_active, local.sources
+        counted = torch.zeros(sources.n_columns, dtype=torch.bool)
+        counted[:n_active] = True
+        for i, point in enumerate(sources.points):
+            counted[sources.column(i) : sources.column(i) + sources.n_pos] = point.kind in (
+                NodeKind.ERROR,
+                NodeKind.TOKEN,
+            )
+        weight = torch.tensor([r.weight for r in self.resolved], dtype=torch.float64)
+        result = torch.zeros(n_active, dtype=torch.float64)
+
+        def spread(rows: Tensor, weight: Tensor) -> None:
+            size = rows.abs()
+            totals = (size * counted.to(size)).sum(1).double().cpu()
+            scaled = torch.where(totals > 0, weight / totals.clamp_min(1e-300), 0.0)
+            result.add_((scaled.to(size.dtype).to(size.device) @ size[:, :n_active]).double().cpu())
+
+        spread(self.logit_rows, weight)
+        if self.done:
+            columns, rows = torch.cat(self.done), torch.cat(self.feature_rows)
+            # A row only reaches features of earlier dictionaries: from the last dictionary to the first, each is final.
+            for f in reversed(sources.features):
+                here = ((columns >= f.start) & (columns < f.start + len(f))).nonzero()[:, 0]
+                if len(here):
+                    spread(rows[here.to(rows.device)], result[columns[here]].clone())
+        return result
+
+    def verify(self, chosen: Tensor) -> None:
+        """Compare two rows of the fast path with the reference, and fall back to it if they differ."""
+        local = self.local
+        if local.engine != "fast" or not local.settings.check or local.values.from_cache:
+            return
+        generator = torch.Generator().manual_seed(0)
+        picks: list[tuple[Targets, Tensor]] = []
+        logit = int(torch.randint(len(self.resolved), (1,), generator=generator))
+        picks.append((stack([self.resolved[logit]]), self.logit_rows[logit]))
+        if len(chosen):
+            column = int(chosen[torch.randint(len(chosen), (1,), generator=generator)])
+            place = int((torch.cat(self.done) == column).nonzero()[0, 0])
+            picks.append((local.feature_targets([column]), torch.cat(self.feature_rows)[place]))
+        worst = 0.0
+        for targets, fast in picks:
+            slow = rows_by_autograd(local._hooks(), targets)[0]
+            worst = max(worst, float((fast - slow).abs().max() / slow.abs().max().clamp_min(1e-30)))
+        local.checks["fast_vs_reference"] = worst
+        if worst <= AGREEMENT.get(local.values.native, 0.2):
+            return
+        if local.settings.engine == "fast":
+            raise ConsistencyError(f"the fast path differs from the reference by {worst:.1e} of a row's largest entry")
+        local.engine, local.engine_note = "reference", f"fallback: the fast path differed by {worst:.1e} of a row's largest"
+        self.logit_rows, self.done, self.feature_rows = self._rows(self.logits), [], []
+        self.compute(chosen)
+
+    def graph(self, chosen: Tensor, max_features: int | None) -> AttributionGraph:
+        """Lay the graph out."""
+        local = self.local
+        columns = lay_out(local.sources, chosen, local.tokens.cpu(), local.label)
+        order = torch.cat(self.done).argsort() if self.done else torch.zeros(0, dtype=torch.long)
+        blocks = [columns.gather(rows).cpu() for rows in self.feature_rows]
+        features = torch.cat(blocks)[order] if blocks else self.logit_rows.new_zeros(0, columns.n_nodes).cpu()
+        adjacency = torch.cat([features, columns.gather(self.logit_rows).cpu()])
+        value, bias = local.feature_values(chosen.tolist())
+        dtype = adjacency.dtype
+        manifest = local.manifest() | {"options": {"max_features": max_features}, "targets": [r.name for r in self.resolved]}
+        return AttributionGraph(
+            nodes=table(columns, self._logit_section()),
+            adjacency=adjacency,
+            target_bias=torch.cat([bias.cpu(), torch.tensor([r.bias for r in self.resolved], dtype=dtype)]),
+            target_value=torch.cat([value.cpu(), torch.tensor([r.value for r in self.resolved], dtype=dtype)]),
+            logit_weight=torch.tensor([r.weight for r in self.resolved], dtype=dtype),
+            tokens=local.tokens.cpu(),
+            token_strings=local.token_strings,
+            prompt=local.prompt,
+            top_logits=top_logits(local, self.resolved[0].pos),
+            manifest=manifest,
+            n_layers=local.frozen.n_layers,
+            expander=self._expander(),
+        )
+
+    def _logit_section(self) -> Section:
+        pos = torch.tensor([r.pos for r in self.resolved])
+        index = torch.tensor([r.index for r in self.resolved])
+        names = tuple(r.name for r in self.resolved)
+        return Section(NodeKind.LOGIT, pos, torch.full_like(pos, self.local.frozen.n_layers), index, labels=names)
+
+    def _expander(self) -> Callable[[AttributionGraph, int], AttributionGraph]:
+        local, resolved = self.local, self.resolved
+
+        def expander(graph: AttributionGraph, node: int) -> AttributionGraph:
+            kept = [_column(local, graph.node(i)) for i in range(graph.nodes.n_features)]
+            new = _columns_of(local, graph, graph.node(node))
+            builder = _Builder(local, resolved, None, None)
+            chosen = torch.tensor(sorted({*kept, *new}), dtype=torch.long)
+            builder.compute(chosen)
+            return builder.graph(chosen, graph.manifest.get("options", {}).get("max_features"))
+
+        return expander
+
+
+def top_logits(local: LocalReplacementModel, pos: int, k: int = 10) -> TopLogits:
+    """Return the model's most probable next tokens at a position."""
+    logits = local.values.logits
+    logits = (local.frozen.capped_logits() if logits is None else logits)[pos].detach().cpu()
+    probs, ids = logits.softmax(-1).topk(min(k, len(logits)))
+    return TopLogits(pos, ids, tuple(token_string(local.model, int(i)) for i in ids), logits[ids], probs)
+
+
+def _column(local: LocalReplacementModel, node: Node) -> int:
+    return local.column(node.feature)
+
+
+def _columns_of(local: LocalReplacementModel, graph: AttributionGraph, node: Any) -> list[int]:
+    """Return the columns of the features to add: one feature, or all that a rest node sums."""
+    if isinstance(node, Feature):
+        return [local.column(node)]
+    node = graph.node(node)
+    if node.kind is NodeKind.FEATURE:
+        return [_column(local, node)]
+    if node.kind is not NodeKind.REST:
+        raise NodeNotFoundError(f"{node.name} is a {node.kind.name.lower()} node; only rest nodes and features can be expanded")
+    dictionary = local.binding.dictionary(node.layer, node.site)
+    f = next(f for f in local.sources.features if f.dictionary is dictionary)
+    here = f.at(node.pos)
+    return list(range(f.start + here.start, f.start + here.stop))
+
+
+def _require_same(local: LocalReplacementModel, graph: AttributionGraph) -> None:
+    mine = local.manifest()
+    if not torch.equal(graph.tokens.cpu(), local.tokens.cpu()):
+        raise ConsistencyError("the graph was made on another prompt than this local model")
+    for key in ("weights", "settings"):
+        if graph.manifest.get(key) != mine[key]:
+            raise ConsistencyError(
+                f"the graph was made with other {key}: {graph.manifest.get(key)}, this local model has {mine[key]}"
+            )
+
+
+def _resolve_again(local: LocalReplacementModel, graph: AttributionGraph) -> list[Resolved]:
+    d_vocab = int(local.model.W_U.shape[-1])
+    resolved: list[Resolved] = []
+    for i in range(graph.nodes.n_sources, len(graph.nodes)):
+        node = graph.node(i)
+        if node.index >= d_vocab:
+            raise TargetError(
+                f"the target {node.label!r} is no token, and a saved graph does not hold it; call graph.expand(node) on the "
+                "graph as it was made, or attribute again"
+            )
+        resolved += local.resolve(TokenLogits((node.index,), node.pos))
+    return resolved

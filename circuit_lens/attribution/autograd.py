@@ -1,0 +1,375 @@
+"""The reference: rows of a graph by autograd through the model itself, with hooks that hold what must be constant.
+
+Slow, but it knows nothing of a block's inside: attention queries and keys, patterns, norm denominators and MLP outputs are
+held at hook points, and everything else is whatever the model computes. The fast path must equal it. It also linearises
+attention to first order (queries, keys and softmax) when those are not held.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from circuit_lens.attribution.frozen import FrozenModel
+from circuit_lens.attribution.mlp_paths import JacobianPath, SkipPath
+from circuit_lens.attribution.sources import Sources, Stage
+from circuit_lens.attribution.targets import FINAL_HOOK, Targets
+from circuit_lens.dictionaries.points import Read, parse_hook, read_kind
+from circuit_lens.errors import LinearizationError
+from circuit_lens.hooks import Hook, has_hook
+from circuit_lens.protocols import HookedModel
+from circuit_lens.running import forward
+
+# Relative additivity error of the frozen model, per dtype, above which something is not held.
+LINEARITY_LIMIT = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 5e-2}
+# Where a leak shows first: what must be constant, and the stream it would enter.
+_LEAKS = (
+    "ln1.hook_scale",
+    "ln1.hook_normalized",
+    "attn.hook_pattern",
+    "attn.hook_z",
+    "ln1_post.hook_scale",
+    "hook_attn_out",
+    "hook_resid_mid",
+    "ln2.hook_scale",
+    "ln2.hook_normalized",
+    "hook_mlp_out",
+    "hook_resid_post",
+    "ln_final.hook_scale",
+    "ln_final.hook_normalized",
+)
+
+
+@dataclass
+class _Tape:
+    """Leaves of one frozen forward pass, and the hook values that targets read."""
+
+    first: Tensor | None = None
+    attention: dict[int, Tensor] = field(default_factory=dict)
+    mlp: dict[int, Tensor] = field(default_factory=dict)
+    pre: dict[int, Tensor] = field(default_factory=dict)
+    read: dict[str, Tensor] = field(default_factory=dict)
+
+
+class FrozenHooks:
+    """The hooks that turn the model into one prompt's frozen model.
+
+    Args:
+        model: The model.
+        frozen: The frozen pass, whose constants are held.
+        sources: Its sources, for the linear paths through MLPs that stay open.
+        linear_norms, linear_attention: What is left live, to be linearised by autograd.
+        hold: Says of a hook name whether to hold it; for tests of the self-check.
+    """
+
+    def __init__(
+        self,
+        model: HookedModel,
+        frozen: FrozenModel,
+        sources: Sources,
+        *,
+        linear_norms: bool = False,
+        linear_attention: bool = False,
+        hold: Callable[[str], bool] = lambda name: True,
+    ) -> None:
+        self.model, self.frozen, self.sources = model, frozen, sources
+        self.linear_norms, self.linear_attention, self.hold = linear_norms, linear_attention, hold
+        self.native = model.W_U.dtype
+        self.queries: dict[str, Tensor] = {}
+
+    def _constant(self, name: str) -> Hook:
+        value = self.frozen.values[name][None]
+        return Hook(name, lambda live: value.to(live).expand_as(live))
+
+    def _first_seen(self, name: str) -> Hook:
+        """Hold a value that the frozen pass does not have (queries, keys): the first one that comes by."""
+
+        def edit(live: Tensor) -> Tensor:
+            return self.queries.setdefault(name, live.detach())
+
+        return Hook(name, edit)
+
+    def held(self) -> list[Hook]:
+        """Return hooks for queries, keys, patterns and norm denominators."""
+        model, hooks = self.model, []
+        for layer in range(self.frozen.n_layers):
+            block = f"blocks.{layer}"
+            if not self.linear_attention:
+                pairs = [n for n in (f"{block}.attn.hook_q", f"{block}.attn.hook_k") if has_hook(model, n)]
+                hooks += [self._first_seen(n) for n in pairs if self.hold(n)]
+                hooks += [self._constant(n) for n in (f"{block}.attn.hook_pattern",) if self.hold(n)]
+            if not self.linear_norms:
+                names = [f"{block}.{norm}.hook_scale" for norm in ("ln1", "ln1_post", "ln2", "ln2_post")]
+                hooks += [self._constant(n) for n in names if n in self.frozen.values.values and self.hold(n)]
+        if not self.linear_norms and self.hold("ln_final.hook_scale"):
+            hooks.append(self._constant("ln_final.hook_scale"))
+        return hooks
+
+    def mlps(self, live_inputs: dict[int, Tensor], leaf: Callable[[int, Tensor], Tensor], jacobian: bool) -> list[Hook]:
+        """Return hooks that make each MLP output a constant, plus its open linear path.
+
+        Args:
+            live_inputs: Filled with each MLP branch's live input residual stream.
+            leaf: Wraps the constant of a layer.
+            jacobian: Keep the MLP's own gradient where its Jacobian is the open path.
+        """
+        hooks = []
+        for layer in range(self.frozen.n_layers):
+            path = self.sources.paths[layer]
+            if isinstance(path, SkipPath):
+                hooks.append(self._keep(self._branch_input(layer), live_inputs, layer))
+
+            def edit(live: Tensor, layer: int = layer, path: Any = path) -> Tensor:
+                out = leaf(layer, self.frozen.mlp_out[layer][None].to(self.native)).expand_as(live)
+                if isinstance(path, SkipPath):
+                    linear = path.linear(live_inputs[layer][0].to(path.matrix))[None].to(live)
+                    clean = path.linear(self.frozen.base[layer])[None].to(live)
+                    return out + linear - clean
+                if isinstance(path, JacobianPath) and jacobian:
+                    return out + live - live.detach()
+                return out
+
+            hooks.append(Hook(f"blocks.{layer}.hook_mlp_out", edit))
+        return hooks
+
+    def _branch_input(self, layer: int) -> str:
+        return f"blocks.{layer}.hook_resid_{'pre' if self.frozen.parallel else 'mid'}"
+
+    @staticmethod
+    def _keep(name: str, store: dict[Any, Tensor], key: Any) -> Hook:
+        return Hook(name, lambda live: store.__setitem__(key, live))
+
+    def patches(self) -> list[Hook]:
+        """Return hooks that add the run's patches, other than at the first residual stream and after the last block."""
+        hooks = []
+        for patch in self.frozen.patches:
+            name = f"blocks.{patch.layer}.hook_{patch.site}"
+            if name == "blocks.0.hook_resid_pre":
+                continue
+            hooks.append(Hook(name, lambda live, vectors=patch.vectors: live + vectors[None].to(live)))
+        return hooks
+
+    def first_stream(self) -> Tensor:
+        """Return the first residual stream, patches included, ``[1, n_pos, d_model]``."""
+        return self.frozen.values.at(0, "hook_resid_pre")[None].to(self.native)
+
+
+def rows_by_autograd(
+    hooks: FrozenHooks,
+    targets: Targets,
+    *,
+    batch_size: int | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> Float[Tensor, "n n_columns"]:
+    """Return the rows of the given targets, like :func:`circuit_lens.attribution.sweep.rows`, by autograd.
+
+    Args:
+        hooks: The frozen hooks of the prompt.
+        targets: What to compute rows for.
+        batch_size: Targets per backward pass; 16 by default.
+        progress: Called with the number of rows done after each batch.
+    """
+    frozen, sources = hooks.frozen, hooks.sources
+    out = torch.zeros(len(targets), sources.n_columns, dtype=frozen.tokens.dtype, device=frozen.tokens.device)
+    with torch.inference_mode(False), torch.enable_grad():
+        tape = _record(hooks, targets)
+        leaves = _leaves(tape)
+        for chosen in _by_hook(targets, batch_size or 16):
+            outputs, seeds = _seeds(tape, hooks, targets, chosen)
+            grads = torch.autograd.grad(
+                outputs, list(leaves.values()), seeds, is_grads_batched=True, retain_graph=True, allow_unused=True
+            )
+            with torch.no_grad():
+                at = {k: g[:, 0].to(out.dtype) for k, g in zip(leaves, grads, strict=True) if g is not None}
+                out[chosen] = _contract(sources, at, len(chosen), out)
+            if progress is not None:
+                progress(len(chosen))
+    return out
+
+
+def _record(hooks: FrozenHooks, targets: Targets) -> _Tape:
+    """Run the frozen model once with leaves where sources enter."""
+    frozen, tape = hooks.frozen, _Tape()
+
+    def first(live: Tensor) -> Tensor:
+        tape.first = hooks.first_stream().clone().requires_grad_()
+        return tape.first
+
+    def attention_leaf(live: Tensor, layer: int) -> Tensor:
+        tape.attention[layer] = torch.zeros_like(live).requires_grad_()
+        return live + tape.attention[layer]
+
+    def pre_leaf(live: Tensor, layer: int) -> Tensor:
+        tape.pre[layer] = torch.zeros_like(live).requires_grad_()
+        return live + tape.pre[layer]
+
+    def mlp_leaf(layer: int, value: Tensor) -> Tensor:
+        tape.mlp[layer] = value.clone().requires_grad_()
+        return tape.mlp[layer]
+
+    listed = [Hook("blocks.0.hook_resid_pre", first), *hooks.held(), *hooks.patches(), *hooks.mlps({}, mlp_leaf, True)]
+    for layer in range(frozen.n_layers):
+        listed.append(Hook(f"blocks.{layer}.hook_attn_out", lambda live, layer=layer: attention_leaf(live, layer)))
+        if layer:
+            listed.append(Hook(f"blocks.{layer}.hook_resid_pre", lambda live, layer=layer: pre_leaf(live, layer)))
+    for name in dict.fromkeys(_read_hook(hooks, hook) for hook in targets.hooks):
+        listed.append(FrozenHooks._keep(name, tape.read, name))
+    forward(hooks.model, frozen.values.tokens, hooks=listed)
+    return tape
+
+
+def _read_hook(hooks: FrozenHooks, hook: str) -> str:
+    """Return the hook point at which a target's read-out is seeded."""
+    if hook == FINAL_HOOK:
+        return hook
+    layer, kind = parse_hook(hook).layer, read_kind(hook)
+    if kind is Read.RESIDUAL:
+        return hooks._branch_input(layer)
+    return f"blocks.{layer}.ln2.hook_normalized"
+
+
+def _leaves(tape: _Tape) -> dict[tuple[Stage, int], Tensor]:
+    assert tape.first is not None
+    leaves: dict[tuple[Stage, int], Tensor] = {(Stage.PRE, 0): tape.first}
+    leaves |= {(Stage.PRE, layer): leaf for layer, leaf in tape.pre.items()}
+    leaves |= {(Stage.ATTENTION, layer): leaf for layer, leaf in tape.attention.items()}
+    return leaves | {(Stage.MLP, layer): leaf for layer, leaf in tape.mlp.items()}
+
+
+def _by_hook(targets: Targets, batch: int) -> Iterator[list[int]]:
+    groups: dict[str, list[int]] = {}
+    for i, hook in enumerate(targets.hooks):
+        groups.setdefault(hook, []).append(i)
+    for members in groups.values():
+        for start in range(0, len(members), batch):
+            yield members[start : start + batch]
+
+
+def _seeds(
+    tape: _Tape, hooks: FrozenHooks, targets: Targets, chosen: Sequence[int]
+) -> tuple[Tensor, Float[Tensor, "n 1 n_pos d_model"]]:
+    """Return the hook value the chosen targets read, and each target's cotangent there."""
+    hook = targets.hooks[chosen[0]]
+    value = tape.read[_read_hook(hooks, hook)]
+    seeds = value.new_zeros(len(chosen), *value.shape)
+    vectors = targets.vectors
+    if hook != FINAL_HOOK and read_kind(hook) is Read.NORM_OUTPUT:
+        vectors = vectors * hooks.frozen.ln2[parse_hook(hook).layer].weights.gain
+    for row, i in enumerate(chosen):
+        if i in targets.spread:
+            seeds[row, 0] = targets.spread[i].to(seeds)
+        else:
+            seeds[row, 0, int(targets.pos[i])] = vectors[i].to(seeds)
+    return value, seeds
+
+
+def _contract(
+    sources: Sources, at: dict[tuple[Stage, int], Float[Tensor, "n n_pos d_model"]], n: int, like: Tensor
+) -> Float[Tensor, "n n_columns"]:
+    """Contract gradients, by the place they were taken at, with what each source adds there."""
+    out = like.new_zeros(n, sources.n_columns)
+    for layer in range(len(sources.paths)):
+        gradient = at.get((Stage.MLP, layer))
+        if gradient is None:
+            continue
+        for features, vectors in sources.features_writing(layer):
+            values = torch.einsum("nfd,fd->nf", gradient[:, features.pos], vectors)
+            out[:, features.start : features.start + len(features)] += values
+    for i, point in enumerate(sources.points):
+        place = (point.stage, point.layer)
+        if place in at:
+            values = torch.einsum("npd,pd->np", at[place], point.vectors)
+            out[:, sources.column(i) : sources.column(i) + sources.n_pos] += values
+    return out
+
+
+def attention_constants(hooks: FrozenHooks) -> list[Float[Tensor, "n_pos d_model"]]:
+    """Return what each attention layer adds beyond its Jacobian applied to its input: ``f(x) - J x``, norms included.
+
+    The Jacobian-vector product is the derivative of the vector-Jacobian product with respect to the cotangent.
+    """
+    frozen = hooks.frozen
+    pre: dict[int, Tensor] = {}
+    out: dict[int, Tensor] = {}
+
+    def fresh(live: Tensor, layer: int) -> Tensor:
+        pre[layer] = live.detach().clone().requires_grad_()
+        return pre[layer]
+
+    listed = [*hooks.held(), *hooks.patches(), *hooks.mlps({}, lambda layer, value: value, False)]
+    listed.append(Hook("blocks.0.hook_resid_pre", lambda live: hooks.first_stream()))
+    for layer in range(frozen.n_layers):
+        listed.append(Hook(f"blocks.{layer}.hook_resid_pre", lambda live, layer=layer: fresh(live, layer)))
+        listed.append(FrozenHooks._keep(f"blocks.{layer}.hook_attn_out", out, layer))
+    constants = []
+    with torch.inference_mode(False), torch.enable_grad():
+        forward(hooks.model, frozen.values.tokens, hooks=listed)
+        for layer in range(frozen.n_layers):
+            dual = torch.zeros_like(out[layer], requires_grad=True)
+            pulled = torch.autograd.grad(out[layer], pre[layer], dual, create_graph=True)[0]
+            pushed = torch.autograd.grad(pulled, dual, pre[layer].detach())[0]
+            constants.append((out[layer] - pushed)[0].detach().to(frozen.tokens))
+    return constants
+
+
+def check_linearity(hooks: FrozenHooks) -> float:
+    """Return the frozen model's relative additivity error along two directions of the residual stream's norm.
+
+    A hook that does not hold makes every edge plausible and wrong, without any other sign.
+
+    Raises:
+        LinearizationError: The error exceeds the dtype's limit; names the first hook point where it appears.
+    """
+    frozen = hooks.frozen
+    x = hooks.first_stream()
+    generator = torch.Generator().manual_seed(0)
+    directions = torch.randn(2, *x.shape, generator=generator, dtype=torch.float64).to(x)
+    directions = directions / directions.norm(dim=-1, keepdim=True) * x.norm(dim=-1, keepdim=True)
+    a, b = directions
+    error = _additivity(hooks, x, a, b, ["ln_final.hook_normalized"])["ln_final.hook_normalized"]
+    limit = LINEARITY_LIMIT.get(frozen.values.native, 5e-2)
+    if error <= limit:
+        return error
+    names = [n for n in hooks.model.hook_dict if n.endswith(_LEAKS)]
+    errors = _additivity(hooks, x, a, b, names)
+    leak = next((n for n, e in errors.items() if e > limit), "ln_final.hook_normalized")
+    raise LinearizationError(
+        f"the frozen model is not linear: additivity error {error:.1e} (limit {limit:.0e}), first at {leak}. A hook that "
+        "should hold a constant is ignored there by the model, or a hook of yours edits activations nonlinearly; the graph "
+        "would be wrong, so none is made"
+    )
+
+
+def _additivity(hooks: FrozenHooks, x: Tensor, a: Tensor, b: Tensor, names: Sequence[str]) -> dict[str, float]:
+    """Return, for each hook point in the order of the forward pass, the additivity error of its value."""
+    seen: list[dict[str, Tensor]] = []
+    for delta in (torch.zeros_like(a), a, b, a + b):
+        values: dict[str, Tensor] = {}
+        listed = [
+            Hook("blocks.0.hook_resid_pre", lambda live, delta=delta: x + delta),
+            *hooks.held(),
+            *hooks.patches(),
+            *hooks.mlps({}, lambda layer, value: value, False),
+        ]
+        for name in names:
+            hook = FrozenHooks._keep(name, values, name)
+            listed.append(Hook(name, hook.edit, must_fire=False))
+        with torch.inference_mode(False), torch.no_grad():
+            forward(hooks.model, hooks.frozen.values.tokens, hooks=listed)
+        seen.append(values)
+    zero, one, two, both = seen
+    errors = {}
+    for name in zero:
+        if not isinstance(zero[name], Tensor) or not zero[name].is_floating_point():
+            continue
+        f = [s[name].to(torch.float64) for s in (zero, one, two, both)]
+        scale = max(float((f[i] - f[0]).abs().max()) for i in (1, 2, 3))
+        # What does not depend on the stream, up to rounding, is held.
+        floor = torch.finfo(hooks.frozen.values.native).eps * float(f[0].abs().max())
+        errors[name] = float((f[3] - f[1] - f[2] + f[0]).abs().max()) / scale if scale > 1e3 * floor else 0.0
+    return errors

@@ -1,0 +1,118 @@
+"""A model and its dictionaries as a checked pair."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from circuit_lens.dictionaries.points import Read, Write, parse_hook, read_kind, write_kind
+from circuit_lens.dictionaries.saelens import adapt, fingerprint
+from circuit_lens.errors import DictionaryError, HookError, nearest
+from circuit_lens.hooks import has_hook
+from circuit_lens.protocols import Dictionary, HookedModel
+
+
+@dataclass(frozen=True, eq=False)
+class Binding:
+    """A model and its dictionaries, checked once.
+
+    Attributes:
+        model: The hooked model, as the user gave it.
+        dictionaries: In the order the model computes them.
+    """
+
+    model: HookedModel
+    dictionaries: tuple[Dictionary, ...]
+
+    def dictionary(self, layer: int, site: str | None = None) -> Dictionary:
+        """Return the dictionary of a layer, or of a layer and site.
+
+        Raises:
+            DictionaryError: There is none, or several and no site was given.
+        """
+        found = [d for d in self.dictionaries if d.layer == layer and site in (None, d.site)]
+        if len(found) == 1:
+            return found[0]
+        sites = [d.site for d in self.dictionaries]
+        if not found:
+            wanted = f"layer {layer}" if site is None else f"site {site!r} in layer {layer}"
+            raise DictionaryError(f"there is no dictionary at {wanted}; there are {', '.join(sites) or 'none'}")
+        raise DictionaryError(f"layer {layer} has several dictionaries; name one with site=: {[d.site for d in found]}")
+
+    def fingerprints(self) -> dict[str, str]:
+        """Return hashes of the model's and the dictionaries' weights, for manifests."""
+        parameters: Mapping[str, Any] = {n: p for n, p in self.model.named_parameters()}  # type: ignore[attr-defined]
+        return {"model": fingerprint(dict(parameters))} | {d.site: d.fingerprint() for d in self.dictionaries}
+
+
+def bind(model: HookedModel, dictionaries: Iterable[Any]) -> Binding:
+    """Check that the dictionaries fit the model and return the pair.
+
+    Raises:
+        HookError: A dictionary's hook that the model does not have.
+        DictionaryError: No hooked model, a dictionary that cannot be attributed, a wrong width or layer, two on one site.
+    """
+    if not isinstance(model, HookedModel) or not hasattr(model.cfg, "n_layers"):
+        raise DictionaryError(
+            f"{type(model).__name__} is no hooked model; give a HookedTransformer or a TransformerBridge (for a Hugging "
+            "Face model: TransformerBridge.boot_transformers(name))"
+        )
+    if isinstance(dictionaries, Mapping):
+        dictionaries = list(dictionaries.values())
+    if not isinstance(dictionaries, Iterable):
+        dictionaries = [dictionaries]
+    adapted = sorted((adapt(d) for d in dictionaries), key=lambda d: (d.layer, d.site))
+    _check_sites(adapted)
+    for dictionary in adapted:
+        _check_layers(model, dictionary)
+        _check_hooks(model, dictionary)
+        _check_widths(model, dictionary)
+    return Binding(model, tuple(adapted))
+
+
+def _check_sites(dictionaries: Sequence[Dictionary]) -> None:
+    written: dict[int, Dictionary] = {}
+    for dictionary in dictionaries:
+        for layer in dictionary.out_layers:
+            if layer in written:
+                raise DictionaryError(
+                    f"two dictionaries write to the MLP output of layer {layer}: {written[layer]} and {dictionary}; give one"
+                )
+            written[layer] = dictionary
+
+
+def _check_layers(model: HookedModel, dictionary: Dictionary) -> None:
+    n_layers = model.cfg.n_layers
+    for layer in (dictionary.layer, *dictionary.out_layers):
+        if not 0 <= layer < n_layers:
+            raise DictionaryError(f"{dictionary} is for layer {layer}, the model has layers 0..{n_layers - 1}")
+
+
+def _check_hooks(model: HookedModel, dictionary: Dictionary) -> None:
+    layer, suffix = dictionary.layer, parse_hook(dictionary.hook_in).suffix
+    parallel = not has_hook(model, f"blocks.{layer}.hook_resid_mid")
+    kind = read_kind(dictionary.hook_in)
+    if kind is Read.RESIDUAL and suffix == "hook_resid_mid" and parallel:
+        raise HookError(
+            f"{dictionary} reads hook_resid_mid, which a model with parallel attention and MLP does not have; such a "
+            "dictionary was trained on another architecture"
+        )
+    # A norm's output has no hook point on every class; it is then computed from the normalised value, gain and bias.
+    computed = kind is Read.NORM_OUTPUT and has_hook(model, f"blocks.{layer}.ln2.hook_normalized")
+    if not computed and not has_hook(model, dictionary.hook_in):
+        raise HookError(f"{dictionary} reads {dictionary.hook_in!r}, which the model has not{nearest(dictionary.hook_in, model.hook_dict)}")
+    for hook in dictionary.hooks_out:
+        out = parse_hook(hook).layer
+        raw = write_kind(hook) is Write.MLP_RAW and has_hook(model, f"blocks.{out}.hook_mlp_out")
+        if not raw and not has_hook(model, hook):
+            raise HookError(f"{dictionary} writes {hook!r}, which the model has not{nearest(hook, model.hook_dict)}")
+
+
+def _check_widths(model: HookedModel, dictionary: Dictionary) -> None:
+    d_model = model.cfg.d_model
+    if (dictionary.d_in, dictionary.d_out) != (d_model, d_model):
+        raise DictionaryError(
+            f"{dictionary} maps width {dictionary.d_in} to {dictionary.d_out}, the model's residual stream has width "
+            f"{d_model}: it belongs to another model"
+        )

@@ -1,0 +1,169 @@
+"""The facade that users hold: a model and its dictionaries, bound once; everything else is delegated."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal
+
+from torch import Tensor
+
+from circuit_lens.attribution.linear_maps import ModelWeights, read_weights
+from circuit_lens.attribution.replacement import Engine, LocalReplacementModel, Settings
+from circuit_lens.attribution.values import compute_dtype, from_cache, from_prompt, needed_names
+from circuit_lens.dictionaries.binding import Binding, bind
+from circuit_lens.dictionaries.points import Read, read_kind
+from circuit_lens.graph.graph import AttributionGraph
+from circuit_lens.hooks import has_hook
+from circuit_lens.protocols import Dictionary, HookedModel
+from circuit_lens.running import Prompt, to_tokens
+
+FeatureLabel = Callable[[str, int, int], str]
+
+
+class ReplacementModel:
+    """A hooked model and the sparse dictionaries on its hook points.
+
+    Args:
+        model: A HookedTransformer or TransformerBridge; it is never changed.
+        dictionaries: SAELens transcoders as they come, or objects that follow ``circuit_lens.protocols.Dictionary``; at most
+            one per layer. A layer without one keeps its real MLP.
+        label: Label of a feature by site, layer and index, copied into graphs.
+
+    Raises:
+        HookError: A dictionary's hook that the model does not have.
+        DictionaryError: A dictionary that cannot be attributed or does not fit the model.
+    """
+
+    def __init__(
+        self, model: HookedModel, dictionaries: Iterable[Any], *, label: FeatureLabel = lambda site, layer, index: ""
+    ) -> None:
+        self.binding: Binding = bind(model, dictionaries)
+        self.label = label
+
+    @property
+    def model(self) -> Any:
+        """The user's model, as it was given."""
+        return self.binding.model
+
+    @property
+    def dictionaries(self) -> tuple[Dictionary, ...]:
+        """The dictionaries, in the order the model computes them."""
+        return self.binding.dictionaries
+
+    def names_filter(self) -> list[str]:
+        """Return the least a cache must hold: hook names for ``model.run_with_cache(..., names_filter=...)``."""
+        return needed_names(self.binding.model)
+
+    def local(
+        self,
+        prompt: Prompt,
+        *,
+        cache: Mapping[str, Tensor] | None = None,
+        batch_index: int | None = None,
+        fwd_hooks: Sequence[tuple[Any, Any]] = (),
+        norms: Literal["frozen", "linear"] = "frozen",
+        attention: Literal["frozen", "linear"] = "frozen",
+        mlp: Literal["error", "jacobian"] = "error",
+        engine: Engine = "auto",
+        zero_positions: Sequence[int] = (),
+        check: bool = True,
+    ) -> LocalReplacementModel:
+        """Return one prompt's frozen linear model, reusable for rows, head loadings and graphs.
+
+        Args:
+            prompt: Text, or token ids ``[n_pos]`` or ``[1, n_pos]``.
+            cache: Activations of this prompt from ``model.run_with_cache``, on any device, in any float dtype, with or
+                without batch axis; then the source is not run again. It must hold ``names_filter()``.
+            batch_index: Which row of a batched cache.
+            fwd_hooks: Temporary TransformerLens hooks for the run; permanent ones are honoured without being named.
+            norms: ``"frozen"`` denominators, or norms by their Jacobian (``"linear"``).
+            attention: ``"frozen"`` patterns, or queries, keys and softmax to first order (``"linear"``).
+            mlp: What a layer without dictionary is: an ``"error"`` node, or its local ``"jacobian"`` and a bias node.
+            engine: ``"auto"``, or one of ``"fast"`` and ``"reference"``.
+            zero_positions: Positions at which no feature is active by decree (peers do so at position 0).
+            check: Check linearity, reconstruction and inputs before anything is computed.
+
+        Raises:
+            TokensError, HookError, CacheError, ConsistencyError, ReconstructionError, LinearizationError: See their texts.
+            ValueError: An option that is not one of the listed ones, or hooks together with a cache.
+        """
+        settings = Settings(norms, attention, mlp, engine, tuple(zero_positions), check)
+        if cache is not None and fwd_hooks:
+            raise ValueError("fwd_hooks act on a run, and with a cache there is none; give one of the two")
+        model = self.binding.model
+        tokens = to_tokens(model, prompt)
+        extra = self._read_hooks()
+        if cache is None:
+            values = from_prompt(model, tokens, extra=extra, fwd_hooks=fwd_hooks)
+        else:
+            values = from_cache(model, tokens, cache, extra=extra, batch_index=batch_index)
+        text = prompt if isinstance(prompt, str) else None
+        return LocalReplacementModel(self.binding, self._weights(), values, settings, prompt=text, label=self.label)
+
+    def attribute(
+        self,
+        prompt: Prompt,
+        *,
+        targets: Any = None,
+        cache: Mapping[str, Tensor] | None = None,
+        batch_index: int | None = None,
+        fwd_hooks: Sequence[tuple[Any, Any]] = (),
+        max_features: int | None = None,
+        norms: Literal["frozen", "linear"] = "frozen",
+        attention: Literal["frozen", "linear"] = "frozen",
+        mlp: Literal["error", "jacobian"] = "error",
+        engine: Engine = "auto",
+        zero_positions: Sequence[int] = (),
+        check: bool = True,
+        rerank_every: int | None = None,
+        batch_size: int | None = None,
+        progress: bool | None = None,
+    ) -> AttributionGraph:
+        """Return the attribution graph of a prompt (Ameisen et al. 2025, Circuit Tracing).
+
+        Args:
+            prompt: Text, or token ids ``[n_pos]`` or ``[1, n_pos]``.
+            targets: What to explain. None: the most probable next tokens (``cl.salient_logits()``). Token strings or ids;
+                ``cl.logit_difference(a, b)``; ``cl.direction(vector)``; ``cl.Feature(...)``; any function from logits
+                ``[1, n_pos, d_vocab]`` to a scalar, linearised at the run; or a list of these.
+            max_features: At most this many features become nodes; the others are summed into rest nodes.
+            rerank_every: Rows after which influence is computed anew to choose the next features (default 256).
+            batch_size: Rows computed at once; bounds memory, does not change the graph.
+            progress: Show a progress bar; None shows it for work that takes more than two seconds.
+            cache, batch_index, fwd_hooks, norms, attention, mlp, engine, zero_positions, check: See :meth:`local`.
+
+        Raises:
+            TargetError: A target that is not one token, an unknown feature, a metric that is no differentiable scalar.
+            TokensError, HookError, CacheError, ConsistencyError, ReconstructionError, LinearizationError: See :meth:`local`.
+        """
+        local = self.local(
+            prompt,
+            cache=cache,
+            batch_index=batch_index,
+            fwd_hooks=fwd_hooks,
+            norms=norms,
+            attention=attention,
+            mlp=mlp,
+            engine=engine,
+            zero_positions=zero_positions,
+            check=check,
+        )
+        return local.attribute(
+            targets, max_features=max_features, rerank_every=rerank_every, batch_size=batch_size, progress=progress
+        )
+
+    def _weights(self) -> ModelWeights:
+        # Read anew for every prompt: the user may have edited the model's weights in between.
+        return read_weights(self.binding.model, compute_dtype(self.binding.model))
+
+    def _read_hooks(self) -> list[str]:
+        """Return the dictionaries' read hooks that a default run fires."""
+        names = [d.hook_in for d in self.dictionaries if read_kind(d.hook_in) is not Read.RESIDUAL]
+        return [n for n in names if has_hook(self.binding.model, n)]
+
+    def __repr__(self) -> str:
+        kinds = ", ".join(f"{d.site} ({d.kind}, {d.d_sae})" for d in self.dictionaries)
+        name = getattr(self.binding.model.cfg, "model_name", type(self.binding.model).__name__)
+        return f"ReplacementModel({name}; {kinds or 'no dictionaries'})"
+
+
