@@ -55,7 +55,8 @@ check: test lint types contracts tutorials slow ## all that CI runs
 $(PARITY_STAMP): benchmarks/requirements-parity.txt
 	@echo "Setting up .venv-parity (a few minutes the first time)"
 	test -x .venv-parity/bin/python || $(PYTHON) -m venv .venv-parity
-	.venv-parity/bin/python $(PIP) install --requirement benchmarks/requirements-parity.txt torch
+	.venv-parity/bin/python $(PIP) install --constraint benchmarks/requirements-parity.txt torch
+	.venv-parity/bin/python $(PIP) install --requirement benchmarks/requirements-parity.txt
 	@touch $@
 
 parity: $(STAMP) $(PARITY_STAMP) ## compare with circuit-tracer, in an environment of its own

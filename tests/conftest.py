@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "disabled"
@@ -34,3 +35,14 @@ def assert_untouched() -> Callable[..., AbstractContextManager[None]]:
     from tests.builders import assert_untouched as check
 
     return check
+
+
+@pytest.fixture(scope="session")
+def data_folder() -> Path:
+    """The folder of real models and published graphs, named by ``CIRCUIT_LENS_DATA``; the test skips without one."""
+    folder = os.environ.get("CIRCUIT_LENS_DATA")
+    if not folder:
+        pytest.skip("CIRCUIT_LENS_DATA is not set")
+    if not Path(folder).is_dir():
+        pytest.fail(f"CIRCUIT_LENS_DATA names no folder: {folder}")
+    return Path(folder)
