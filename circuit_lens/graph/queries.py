@@ -164,7 +164,7 @@ class GraphQueries:
             if row is None:
                 kind = NodeKind(int(self.nodes.kind[i])).name.lower()
                 raise GraphError(
-                    f"{self.nodes.name(i)} is of the kind {kind} and has no inputs; features and logits have."
+                    f"{self.nodes.name(i)} is of the kind {kind} and has no inputs; give a feature or logit."
                 )
         return torch.tensor([row for row in rows.values() if row is not None], dtype=torch.long)
 

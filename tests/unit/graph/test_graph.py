@@ -112,7 +112,8 @@ def test_frames_hold_every_node_and_every_edge() -> None:
     assert list(nodes["name"]) == [graph.nodes.name(i) for i in range(len(graph.nodes))]
     assert len(edges) == graph.n_edges
     square = torch.zeros(len(graph.nodes), len(graph.nodes), dtype=torch.float64)
-    square[edges["target"].to_numpy(), edges["source"].to_numpy()] = torch.from_numpy(edges["weight"].to_numpy().copy())
+    weights = torch.tensor(edges["weight"].tolist(), dtype=torch.float64)
+    square[edges["target"].tolist(), edges["source"].tolist()] = weights
     assert torch.equal(square, graph.dense())
     what: Any = "paths"
     with pytest.raises(GraphError, match="to_frame"):
