@@ -22,8 +22,9 @@ from circuit_lens.graph.records import TopLogits
 from circuit_lens.running import token_string
 
 _RERANK_EVERY = 256
-# Largest difference of a fast row from the reference, relative to the row's largest entry, per dtype of the model.
-AGREEMENT = {torch.float64: 1e-8, torch.float32: 1e-4, torch.float16: 5e-2, torch.bfloat16: 0.2}
+# Largest difference of a fast row from the reference, relative to the row's largest entry, per dtype of the model. A bridge
+# computes some norms in float32 even in a float64 model, hence the first.
+AGREEMENT = {torch.float64: 5e-6, torch.float32: 1e-4, torch.float16: 5e-2, torch.bfloat16: 0.2}
 
 
 def attribute(

@@ -312,8 +312,10 @@ def attention_constants(hooks: FrozenHooks) -> list[Float[Tensor, "n_pos d_model
         for layer in range(frozen.n_layers):
             dual = torch.zeros_like(out[layer], requires_grad=True)
             pulled = torch.autograd.grad(out[layer], pre[layer], dual, create_graph=True)[0]
-            pushed = torch.autograd.grad(pulled, dual, pre[layer].detach())[0]
-            constants.append((out[layer] - pushed)[0].detach().to(frozen.tokens))
+            # Values of the frozen pass where it has them: a bridge computes parts of attention in float32.
+            value = frozen.moved[layer][None] if frozen.moved else out[layer].detach()
+            pushed = torch.autograd.grad(pulled, dual, frozen.pre[layer][None].to(pre[layer]))[0]
+            constants.append((value - pushed)[0].to(frozen.tokens))
     return constants
 
 

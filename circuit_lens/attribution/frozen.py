@@ -61,6 +61,8 @@ class FrozenModel:
         ln_final: The last norm.
         tokens: What each token adds to the first residual stream.
         positions: What each learned position embedding adds, None where there is none.
+        pre: Residual stream before each block.
+        moved: What each attention layer adds to it; empty where it is not known as linear maps.
         base: Residual stream that enters each MLP branch.
         mlp_out: What each MLP added to the residual stream in the run.
         patches: Edits of the residual stream.
@@ -78,6 +80,8 @@ class FrozenModel:
     ln_final: FrozenNorm
     tokens: Float[Tensor, "n_pos d_model"]
     positions: Float[Tensor, "n_pos d_model"] | None
+    pre: list[Float[Tensor, "n_pos d_model"]]
+    moved: list[Float[Tensor, "n_pos d_model"]]
     base: list[Float[Tensor, "n_pos d_model"]]
     mlp_out: list[Float[Tensor, "n_pos d_model"]]
     patches: list[Patch]
@@ -115,15 +119,17 @@ def freeze(model: HookedModel, weights: ModelWeights, values: RunValues, *, line
     stream = _Stream(values, known=weights.unavailable is None)
     tokens, positions = _embeddings(model, values)
     x = stream.checked(tokens if positions is None else tokens + positions, 0, "resid_pre")
-    attention, ln2, ln2_post, base, mlp_out = [], [], [], [], []
+    attention, ln2, ln2_post, pre, added, base, mlp_out = [], [], [], [], [], [], []
     for layer, block in enumerate(weights.blocks):
         if layer:
             x = stream.checked(x, layer, "resid_pre")
+        pre.append(x)
         ln1 = _norm(block.ln1, values.at(layer, "ln1.hook_scale"), x, linear_norms)
         moved = torch.zeros_like(x)
         if block.attention is not None:
             frozen, moved = _attention(block, block.attention, values, layer, ln1, linear_norms)
             attention.append(frozen)
+            added.append(moved)
         mid = stream.checked(x + moved, layer, "resid_mid")
         base.append(x if weights.parallel else mid)
         ln2.append(_norm(block.ln2, values.at(layer, "ln2.hook_scale"), base[-1], linear_norms))
@@ -141,8 +147,8 @@ def freeze(model: HookedModel, weights: ModelWeights, values: RunValues, *, line
     cap = float(cap) if cap is not None and cap > 0 else None
     gap = _gap(values, logits, cap)
     return FrozenModel(
-        values, weights.parallel, attention, ln2, ln2_post, ln_final, tokens, positions, base, mlp_out, stream.patches, x,
-        logits, cap, gap,
+        values, weights.parallel, attention, ln2, ln2_post, ln_final, tokens, positions, pre, added, base, mlp_out,
+        stream.patches, x, logits, cap, gap,
     )  # fmt: skip
 
 

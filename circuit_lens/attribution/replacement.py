@@ -296,6 +296,9 @@ class LocalReplacementModel:
 
     def feature_targets(self, columns: Sequence[int]) -> Targets:
         """Return active features, by column, as targets."""
+        if not len(columns):
+            none = torch.zeros(0, dtype=torch.long)
+            return Targets((), none, none, self.frozen.tokens[:0], {})
         hooks: list[str] = []
         layers, positions, vectors = [], [], []
         wanted = torch.as_tensor(list(columns), dtype=torch.long)
