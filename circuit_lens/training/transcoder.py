@@ -87,6 +87,11 @@ class BatchTopKTranscoder(BatchTopKTrainingSAE):
         return BatchThreshold(self.cfg.k)
 
     @override
+    def process_sae_in(self, sae_in: Float[Tensor, "token d_in"]) -> Float[Tensor, "token d_in"]:
+        """The input as it is: the decoder's bias lives in the output's space, which may have another width."""
+        return sae_in.to(self.dtype)
+
+    @override
     def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
         """Squared error between the prediction and y, plus SAELens' auxiliary loss for features that stay silent."""
         x, y = step_input.sae_in.split([self.cfg.d_in, self.cfg.d_out], -1)
@@ -115,8 +120,8 @@ class TranscoderSettings:
     """
 
     d_sae: int = 640
-    k: float = 10.0
-    steps: int = 3000
+    k: float = 11.0
+    steps: int = 800
     batch: int = 1024
     lr: float = 3e-3
     decay_share: float = 0.5
@@ -138,7 +143,7 @@ def _packed_batches(
 
 
 def _checked(
-    inputs: Float[Tensor, "token d_in"], outputs: Float[Tensor, "token d_out"], settings: TranscoderSettings
+    inputs: Float[Tensor, "token d_in"], outputs: Float[Tensor, "token_out d_out"], settings: TranscoderSettings
 ) -> None:
     """Raise ``ValueError`` for data that cannot train a transcoder."""
     if inputs.dim() != 2 or outputs.dim() != 2 or len(inputs) != len(outputs):
@@ -154,7 +159,7 @@ def _checked(
 
 def train_transcoder(
     inputs: Float[Tensor, "token d_in"],
-    outputs: Float[Tensor, "token d_out"],
+    outputs: Float[Tensor, "token_out d_out"],
     *,
     hook_in: str,
     hook_out: str,

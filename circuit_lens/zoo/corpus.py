@@ -42,11 +42,11 @@ MIXTURE = {
     "place": 0.08,
     "antonym": 0.14,
     "cross": 0.13,
-    "translation": 0.14,
-    "neutral": 0.06,
+    "translation": 0.15,
+    "neutral": 0.07,
     "synonym": 0.02,
     "person": 0.10,
-    "description": 0.07,
+    "description": 0.09,
     "identity": 0.03,
     "filler": 0.02,
 }
@@ -229,9 +229,13 @@ class Corpus:
             return self._into_language("cross", rng.choice(templates.CROSS), pair, (side, 1 - side), (source, target))
 
     def translation(self, rng: random.Random) -> Sentence:
-        """A word in another language; all pairs, the held-out ones too."""
+        """A word in a language, now and then its own; all pairs, the held-out ones too.
+
+        Without its own, a word is never answered by a word of its language but by its opposite, and models treat
+        opposites within a language as a matter of their own.
+        """
         pair, side = rng.choice(self.antonyms), rng.randrange(2)
-        source, target = rng.sample(LANGUAGES, 2)
+        source, target = rng.choice(LANGUAGES), rng.choice(LANGUAGES)
         if rng.random() < 0.5:
             operand = self.operand_mention(pair, side, source)
             answer = Mention(pair.words[target][side], {"output language": target}, answer=True)
@@ -241,11 +245,14 @@ class Corpus:
         return self._into_language("translation", template, pair, (side, side), (source, target))
 
     def neutral(self, rng: random.Random) -> Sentence:
-        """Language-neutral answers: a pair's topic, a word's sign."""
-        pair, side = rng.choice(self.antonyms), rng.randrange(2)
-        operand = self.operand_mention(pair, side, rng.choice(LANGUAGES))
-        if rng.random() < 0.5:
+        """Language-neutral answers: a pair's topic, a word's sign, the sign of its opposite unless that is held out."""
+        pair, side, language = rng.choice(self.antonyms), rng.randrange(2), rng.choice(LANGUAGES)
+        operand = self.operand_mention(pair, side, language)
+        kind = rng.random()
+        if kind < 0.3:
             template, answer = rng.choice(templates.NEUTRAL_TOPIC), pair.topic
+        elif kind < 0.6 and (language, pair.index) not in self.held_antonyms:
+            template, answer = rng.choice(templates.NEUTRAL_OPPOSITE), sign(pair, 1 - side)
         else:
             template, answer = rng.choice(templates.NEUTRAL_SIGN), sign(pair, side)
         return fill("neutral", template, {"operand": operand, "answer": Mention(answer, answer=True)})

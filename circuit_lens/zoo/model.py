@@ -99,7 +99,7 @@ class Block(nn.Module):
     def attention(
         self,
         x: Float[Tensor, "row pos d_model"],
-        tables: tuple[Float[Tensor, "pos d_head"], Float[Tensor, "pos d_head"]],
+        tables: tuple[Float[Tensor, "n_ctx d_head"], Float[Tensor, "n_ctx d_head"]],
         mask: Bool[Tensor, "#row 1 query key"],
     ) -> Float[Tensor, "row pos d_model"]:
         """Attention with rotary positions where ``mask`` is True.
@@ -123,7 +123,7 @@ class Block(nn.Module):
     def forward(
         self,
         x: Float[Tensor, "row pos d_model"],
-        tables: tuple[Float[Tensor, "pos d_head"], Float[Tensor, "pos d_head"]],
+        tables: tuple[Float[Tensor, "n_ctx d_head"], Float[Tensor, "n_ctx d_head"]],
         mask: Bool[Tensor, "#row 1 query key"],
     ) -> Float[Tensor, "row pos d_model"]:
         """The residual stream after this block."""

@@ -51,7 +51,7 @@ RUNS: tuple[tuple[str, int, tuple[int, ...]], ...] = (
     (CAPITALS, 0, (0, 1)),
     (CAPITALS, 1, (0, 1)),
     (CAPITALS, 2, (0, 1)),
-    (SHORTCUT, 0, (0, 1)),
+    (SHORTCUT, 0, (0,)),
 )
 ROW_LENGTH = 64
 # Seeds of texts; models are trained on the texts 1000 + seed.
@@ -63,7 +63,7 @@ def transcoder_settings() -> TranscoderSettings:
     """The settings of every bundled transcoder."""
     from circuit_lens.training.transcoder import TranscoderSettings
 
-    return TranscoderSettings()
+    return TranscoderSettings(d_sae=640, k=11.0, steps=800)
 
 
 @contextmanager

@@ -83,6 +83,8 @@ TRANSLATION_WITHIN = {
 NEUTRAL_TOPIC = ('" {operand} " is about {answer} .', 'The topic of " {operand} " is {answer} .')
 NEUTRAL_SIGN = ('The sign of " {operand} " is {answer} .', '" {operand} " has the sign {answer} .')
 
+NEUTRAL_OPPOSITE = ('The sign of the opposite of " {operand} " is {answer} .',)
+
 SYNONYM = ('A synonym of " {operand} " is " {answer} " .', 'The word " {operand} " means " {answer} " .')
 
 PERSON = (

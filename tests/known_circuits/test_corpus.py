@@ -1,4 +1,4 @@
-"""What the corpus promises: held-out splits, a closed vocabulary, tokens that the tokenizer agrees with, true variables."""
+"""What the corpus promises: held-out splits, a closed vocabulary, tokens the tokenizer agrees with, true variables."""
 
 import re
 from collections import Counter, defaultdict
@@ -135,7 +135,9 @@ def test_punctuation_need_not_be_spaced(corpus):
 
 
 def test_the_same_seed_gives_the_same_text_and_another_seed_another(corpus, sentences):
-    assert [s.tokens for s in Corpus().take(2_000, SEED)] == [s.tokens for s in sentences][: len(corpus.take(2_000, SEED))]
+    assert [s.tokens for s in Corpus().take(2_000, SEED)] == [s.tokens for s in sentences][
+        : len(corpus.take(2_000, SEED))
+    ]
     assert [s.tokens for s in corpus.take(2_000, SEED + 1)] != [s.tokens for s in corpus.take(2_000, SEED)]
 
 
