@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from os import PathLike
@@ -19,7 +19,7 @@ from circuit_lens.graph.influence import row_totals as compute_row_totals
 from circuit_lens.graph.nodes import NodeTable
 from circuit_lens.graph.prune import prune as compute_pruning
 from circuit_lens.graph.queries import GraphQueries
-from circuit_lens.graph.records import Pruning, TopLogits
+from circuit_lens.graph.records import Path, Pruning, TopLogits
 from circuit_lens.graph.scores import Scores
 from circuit_lens.graph.scores import scores as compute_scores
 from circuit_lens.graph.select import NodeRef
@@ -234,7 +234,7 @@ class AttributionGraph(GraphQueries):
         save_graph(self, path)
 
     def figure(
-        self, *, paths: int = 1, title: str | None = None, max_nodes: int = 60, max_edges: int = 250
+        self, *, paths: int | Sequence[Path] = 1, title: str | None = None, max_nodes: int = 60, max_edges: int = 250
     ) -> matplotlib.figure.Figure:
         """Draw the graph; see :func:`circuit_lens.viewer.figure.figure`."""
         from circuit_lens.viewer.figure import figure

@@ -127,7 +127,7 @@ def _letters() -> frozenset[int]:
 
 def _printable(text: str) -> str:
     """Return the text with a box in the place of every character that no font here can draw."""
-    return "".join(c if ord(c) in _letters() else "□" for c in text)
+    return "".join(c if c == "\n" or ord(c) in _letters() else "□" for c in text)
 
 
 def _measure(size: float) -> Measure:
@@ -238,7 +238,7 @@ def _draw_legend(axes: Axes, layout: Layout, with_path: bool, with_error: bool) 
         entries.append(Line2D([], [], mfc="white", mec=_GREY, marker="D", lw=0, ms=5, label="error"))
     if with_path:
         entries.append(Line2D([], [], color=_INK, mfc=_FEATURE, mec=_INK, mew=1.9, marker="o", ms=7, lw=3.6,
-                              label="strongest path"))  # fmt: skip
+                              label="emphasised path"))  # fmt: skip
     axes.legend(handles=entries, loc="lower left", bbox_to_anchor=(0.15 / layout.width, 0.04 / layout.height),
                 ncols=len(entries), frameon=False, fontsize=_TEXT, labelcolor=_GREY, handlelength=1.6,
                 columnspacing=1.6, borderpad=0.2)  # fmt: skip

@@ -66,7 +66,7 @@ def node_text(graph: AttributionGraph, node: Node) -> str:
         return f"{clean_token(node.label)} {weight:.2f}"
     if node.kind in (NodeKind.BIAS, NodeKind.PATCH):
         return f"{node.site} {node.kind.name.lower()}"
-    return node.kind.name.lower()
+    return "" if node.kind is NodeKind.ERROR else node.kind.name.lower()  # the legend says what an error looks like
 
 
 def clean_token(text: str) -> str:
@@ -92,9 +92,10 @@ def lay_out(
             cells.setdefault((node.pos, node.layer), []).append(node)
     layers = sorted({layer for _, layer in cells} | {-1, graph.n_layers})
     margin, right = 0.55, 0.2
-    for characters, height in ((24, 3), (20, 4), (17, 5), (14, 6), (12, 8), (10, 10)):
+    for characters, height in ((24, 2), (18, 2), (22, 3), (17, 3), (20, 4), (17, 5), (14, 6), (12, 8), (10, 10)):
         placed = {node.id: Placed(node, wrap(node_text(graph, node), characters)) for node in nodes}
         stacks = {cell: _stacks(members, placed, height) for cell, members in cells.items()}
+        logits = _logit_row(graph, stacks, width - margin - right, measure)
         columns = _columns(graph, stacks, placed, characters, measure, measure_token)
         free = width - margin - right - sum(column.width for column in columns)
         if free >= 0:
@@ -106,7 +107,38 @@ def lay_out(
         left += column.width
     layout = Layout(left + right, 0.0, columns, {}, placed)
     _rows(layout, stacks, layers, measure)
+    if logits:
+        _place_logits(layout, logits, left, measure)
     return layout
+
+
+def _logit_row(
+    graph: AttributionGraph, stacks: dict[tuple[int, int], list[list[Placed]]], free: float, measure: Measure
+) -> list[Placed]:
+    """Take logits that all belong to one position, and fit side by side, out of their column; return them."""
+    cells = [cell for cell in stacks if cell[1] == graph.n_layers]
+    row = [item for cell in cells for stack in stacks[cell] for item in stack]
+    if len(cells) != 1 or len(row) == 1 or sum(_stack_width([item], measure) + _GAP for item in row) > free:
+        return []
+    stacks[cells[0]] = [row[:1]]
+    return row
+
+
+def _place_logits(layout: Layout, row: list[Placed], right: float, measure: Measure) -> None:
+    """Put logits side by side: the first stands where it is (above its position), the others to the left of it.
+
+    Where the left margin is too near, the row goes on to the right of the first.
+    """
+    y, edge = row[0].y, row[0].x - MARK
+    end = row[0].x - MARK + _stack_width(row[:1], measure)
+    for item in row[1:]:
+        wide = _stack_width([item], measure) + _GAP
+        if edge - wide >= 0.55 or end + wide > right:
+            edge -= wide
+            item.x, item.y = edge + MARK, y
+        else:
+            item.x, item.y = end + _GAP + MARK, y
+            end += wide
 
 
 def _stacks(members: list[Node], placed: dict[int, Placed], height: int) -> list[list[Placed]]:
