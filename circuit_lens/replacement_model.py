@@ -67,6 +67,7 @@ class ReplacementModel:
         engine: Engine = "auto",
         zero_positions: Sequence[int] = (),
         check: bool = True,
+        min_explained: float | None = 0.0,
     ) -> LocalReplacementModel:
         """Return one prompt's frozen linear model, reusable for rows, head loadings and graphs.
 
@@ -82,12 +83,14 @@ class ReplacementModel:
             engine: ``"auto"``, or one of ``"fast"`` and ``"reference"``.
             zero_positions: Positions at which no feature is active by decree (peers do so at position 0).
             check: Check linearity, reconstruction and inputs before anything is computed.
+            min_explained: Least share of the MLP output's square that every dictionary must explain on the prompt (first
+                position left out); None uses any dictionary.
 
         Raises:
             TokensError, HookError, CacheError, ConsistencyError, ReconstructionError, LinearizationError: See their texts.
             ValueError: An option that is not one of the listed ones, or hooks together with a cache.
         """
-        settings = Settings(norms, attention, mlp, engine, tuple(zero_positions), check)
+        settings = Settings(norms, attention, mlp, engine, tuple(zero_positions), check, min_explained)
         if cache is not None and fwd_hooks:
             raise ValueError("fwd_hooks act on a run, and with a cache there is none; give one of the two")
         model = self.binding.model
@@ -115,6 +118,7 @@ class ReplacementModel:
         engine: Engine = "auto",
         zero_positions: Sequence[int] = (),
         check: bool = True,
+        min_explained: float | None = 0.0,
         rerank_every: int | None = None,
         batch_size: int | None = None,
         progress: bool | None = None,
@@ -130,7 +134,7 @@ class ReplacementModel:
             rerank_every: Rows after which influence is computed anew to choose the next features (default 256).
             batch_size: Rows computed at once; bounds memory, does not change the graph.
             progress: Show a progress bar; None shows it for work that takes more than two seconds.
-            cache, batch_index, fwd_hooks, norms, attention, mlp, engine, zero_positions, check: See :meth:`local`.
+            cache, batch_index, fwd_hooks, norms, attention, mlp, engine, zero_positions, check, min_explained: See :meth:`local`.
 
         Raises:
             TargetError: A target that is not one token, an unknown feature, a metric that is no differentiable scalar.
@@ -147,6 +151,7 @@ class ReplacementModel:
             engine=engine,
             zero_positions=zero_positions,
             check=check,
+            min_explained=min_explained,
         )
         return local.attribute(
             targets, max_features=max_features, rerank_every=rerank_every, batch_size=batch_size, progress=progress

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
+import mmap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from jaxtyping import Float, Int
@@ -24,16 +27,64 @@ class Columns:
         sites: Names the sections' ``site`` columns index.
         member: For every column of a row, the source node it is summed into.
         n_nodes: Number of source nodes.
+        n_features: Number of feature nodes, the first ones.
+        layers: Layer of each node.
     """
 
     sections: list[Section]
     sites: tuple[str, ...]
     member: Int[Tensor, "n_columns"]
     n_nodes: int
+    n_features: int
+    layers: Int[Tensor, "n_nodes"]
 
     def gather(self, rows: Float[Tensor, "n n_columns"]) -> Float[Tensor, "n n_nodes"]:
         """Sum the columns of each node."""
         return rows.new_zeros(len(rows), self.n_nodes).index_add_(1, self.member.to(rows.device), rows)
+
+    @cached_property
+    def _plain(self) -> bool:
+        """Whether the first columns are the feature nodes, one each."""
+        return torch.equal(self.member[: self.n_features], torch.arange(self.n_features)) and bool(
+            (self.member[self.n_features :] >= self.n_features).all()
+        )
+
+    @cached_property
+    def _ends(self) -> list[tuple[int, int]]:
+        """First and last node of each run of nodes with ascending layers: one per section."""
+        falls = (self.layers[1:] < self.layers[:-1]).nonzero()[:, 0].tolist()
+        cuts = [0, *(i + 1 for i in falls), self.n_nodes]
+        return list(itertools.pairwise(cuts))
+
+    def place(self, rows: Float[Tensor, "n n_columns"], out: Tensor, at: Sequence[int], layer: int) -> None:
+        """Write rows, gathered to nodes, into ``out[at]``; nodes of layers above ``layer`` are zero and are not touched.
+
+        Not touching them keeps half of a zero matrix that the system hands out lazily from ever being resident.
+        """
+        if self._plain:
+            points = rows.new_zeros(len(rows), self.n_nodes - self.n_features)
+            points.index_add_(1, (self.member[self.n_features :] - self.n_features).to(rows.device), rows[:, self.n_features :])
+            features = rows
+        else:
+            features = self.gather(rows)
+            points = features[:, self.n_features :]
+        index = torch.tensor(at, device=out.device)
+        for start, stop in self._ends:
+            stop = start + int(torch.searchsorted(self.layers[start:stop], layer, right=True))
+            middle = min(max(start, self.n_features), stop)
+            if start < middle:
+                out[index, start:middle] = features[:, start:middle].to(out.device)
+            if middle < stop:
+                out[index, middle:stop] = points[:, middle - self.n_features : stop - self.n_features].to(out.device)
+
+
+def lazy_zeros(shape: tuple[int, int], dtype: torch.dtype) -> Float[Tensor, "n m"]:
+    """Return a zero matrix in main memory whose pages become resident when they are written, not before."""
+    size = shape[0] * shape[1] * torch.empty(0, dtype=dtype).element_size()
+    if size == 0 or not hasattr(mmap, "MAP_PRIVATE"):
+        return torch.zeros(shape, dtype=dtype)
+    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(pages, dtype=dtype).view(shape)
 
 
 @dataclass(frozen=True)
@@ -69,10 +120,9 @@ def lay_out(
     for i, entry in enumerate(entries, start=len(selected)):
         member[list(entry.columns)] = i
     n_nodes = len(selected) + len(entries)
-    # Columns of patches at unpatched positions are zero and belong to no node; they are summed into one dropped at the end.
-    return Columns(
-        [_features(sources, selected, sites, label), *_sections(entries)], sites, _without_orphans(member, n_nodes), n_nodes
-    )
+    sections = [_features(sources, selected, sites, label), *_sections(entries)]
+    layers = torch.cat([torch.as_tensor(section.layer, dtype=torch.long) for section in sections])
+    return Columns(sections, sites, _without_orphans(member, n_nodes), n_nodes, len(selected), layers)
 
 
 def _without_orphans(member: Int[Tensor, "n_columns"], n_nodes: int) -> Int[Tensor, "n_columns"]:
@@ -107,24 +157,25 @@ def _points(sources: Sources, sites: tuple[str, ...], tokens: Int[Tensor, "n_pos
     grouped: dict[tuple[NodeKind, int, int], list[int]] = {}
     for i, point in enumerate(sources.points):
         grouped.setdefault((point.kind, point.node_layer, sites.index(point.site)), []).append(i)
-    entries = []
+    ids, entries = tokens.tolist(), []
     for (kind, layer, site), members in grouped.items():
         for pos in range(sources.n_pos):
             if kind is NodeKind.PATCH and not bool(sources.points[members[0]].vectors[pos].any()):
                 continue
-            index = int(tokens[pos]) if kind is NodeKind.TOKEN else 0
+            index = ids[pos] if kind is NodeKind.TOKEN else 0
             entries.append(_Entry(kind, layer, pos, site, index, tuple(sources.column(i) + pos for i in members)))
     return entries
 
 
 def _rest(sources: Sources, selected: Int[Tensor, "n_selected"], sites: tuple[str, ...]) -> list[_Entry]:
-    chosen = torch.zeros(sources.n_columns, dtype=torch.bool)
-    chosen[selected] = True
+    if len(selected) == sources.n_features:
+        return []
+    chosen = set(selected.tolist())
     entries = []
     for f in sources.features:
         for pos in range(sources.n_pos):
             at = f.at(pos)
-            columns = [c for c in range(f.start + at.start, f.start + at.stop) if not chosen[c]]
+            columns = [c for c in range(f.start + at.start, f.start + at.stop) if c not in chosen]
             if columns:
                 site = sites.index(f.dictionary.site)
                 entries.append(_Entry(NodeKind.REST, f.dictionary.layer, pos, site, len(columns), tuple(columns)))

@@ -11,8 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
-from circuit_lens.attribution.assemble import lay_out, table
-from circuit_lens.attribution.autograd import rows_by_autograd
+from circuit_lens.attribution.assemble import Columns, lay_out, lazy_zeros, table
 from circuit_lens.attribution.replacement import LocalReplacementModel
 from circuit_lens.attribution.targets import Resolved, Targets, TokenLogits, stack
 from circuit_lens.errors import ConsistencyError, NodeNotFoundError, TargetError
@@ -63,9 +62,9 @@ def attribute(
     )  # fmt: skip
     with bar:
         builder = _Builder(local, resolved, batch_size, bar.update)
-        chosen = builder.choose(total, rerank_every or _RERANK_EVERY)
-        builder.verify(chosen)
-        return builder.graph(chosen, max_features)
+        builder.choose(total, rerank_every or _RERANK_EVERY)
+        builder.verify()
+        return builder.graph(max_features)
 
 
 def expand(local: LocalReplacementModel, graph: AttributionGraph, node: Any) -> AttributionGraph:
@@ -76,15 +75,16 @@ def expand(local: LocalReplacementModel, graph: AttributionGraph, node: Any) -> 
     if not set(new) - set(kept):
         raise NodeNotFoundError(f"{node} already has a row of its own in this graph")
     resolved = _resolve_again(local, graph)
-    builder = _Builder(local, resolved, None, None)
-    chosen = torch.tensor(sorted({*kept, *new}), dtype=torch.long)
-    builder.compute(chosen)
     limit = graph.manifest.get("options", {}).get("max_features")
-    return replace(builder.graph(chosen, limit), prompt=graph.prompt)
+    return replace(_Builder(local, resolved, None, None).with_features([*kept, *new], limit), prompt=graph.prompt)
 
 
 class _Builder:
-    """Computes rows and keeps them by column until the graph is laid out."""
+    """Computes rows, chooses features, and lays the graph out.
+
+    When all active features are nodes, rows go straight into the graph's adjacency; otherwise they are kept by column until
+    it is known which columns are nodes.
+    """
 
     def __init__(
         self,
@@ -95,81 +95,107 @@ class _Builder:
     ) -> None:
         self.local, self.resolved, self.batch_size, self.progress = local, list(resolved), batch_size, progress
         self.logits = stack(self.resolved)
-        self.logit_rows = self._rows(self.logits)
-        self.done: list[Tensor] = []
-        self.feature_rows: list[Float[Tensor, "n n_columns"]] = []
+        self.chosen = torch.zeros(0, dtype=torch.long)
+        self.layout: tuple[Columns, Tensor] | None = None
+        self.logit_rows = local.frozen.tokens.new_zeros(len(self.resolved), local.sources.n_columns)
+        self._fill(self.logits, self.logit_rows, None)
 
-    def _rows(self, targets: Targets) -> Float[Tensor, "n n_columns"]:
-        return self.local.rows(targets, batch_size=self.batch_size, progress=self.progress)
+    def _fill(self, targets: Targets, out: Tensor, columns: Columns | None) -> None:
+        """Write rows into ``out``, gathered to nodes where ``columns`` are given."""
+        for chosen, block in self.local.row_blocks(targets, batch_size=self.batch_size):
+            if columns is None:
+                out[chosen] = block
+            else:
+                columns.place(block, out, chosen, int(targets.layer[chosen].max()))
+            if self.progress is not None:
+                self.progress(len(chosen))
 
-    def compute(self, columns: Tensor) -> None:
-        """Compute the rows of the features with these columns."""
-        self.feature_rows.append(self._rows(self.local.feature_targets(columns.tolist())))
-        self.done.append(columns)
+    def _lay_out(self) -> tuple[Columns, Tensor]:
+        """Return the graph's columns and its adjacency, with the rows of the targets, features still empty."""
+        columns = lay_out(self.local.sources, self.chosen, self.local.tokens.cpu(), self.local.label)
+        n = len(self.chosen)
+        adjacency = lazy_zeros((n + len(self.resolved), columns.n_nodes), self.logit_rows.dtype)
+        adjacency[n:] = columns.gather(self.logit_rows).cpu()
+        return columns, adjacency
 
-    def choose(self, total: int, rerank_every: int) -> Tensor:
-        """Compute the rows of ``total`` features, the most influential first, and return their columns, ascending."""
+    def with_features(self, columns: Sequence[int], max_features: int | None) -> AttributionGraph:
+        """Return the graph in which exactly these features are nodes."""
+        self.chosen = torch.tensor(sorted(set(columns)), dtype=torch.long)
+        self._compute_chosen()
+        return self.graph(max_features)
+
+    def _compute_chosen(self) -> None:
+        """Compute the rows of the chosen features, in the order of their columns."""
+        columns, adjacency = self.layout = self._lay_out()
+        self._fill(self.local.feature_targets(self.chosen.tolist()), adjacency, columns)
+
+    def choose(self, total: int, rerank_every: int) -> None:
+        """Compute the rows of ``total`` features, the most influential first."""
         n_active = self.local.n_active
         if total == n_active:
-            self.compute(torch.arange(n_active))
-            return torch.arange(n_active)
-        chosen = torch.zeros(0, dtype=torch.long)
-        while len(chosen) < total:
-            ranked = self._influence()
-            ranked[chosen] = -1
+            self.chosen = torch.arange(n_active)
+            self._compute_chosen()
+            return
+        done: list[Tensor] = []
+        buffer = self.logit_rows.new_zeros(total, self.local.sources.n_columns)
+        n_done = 0
+        while n_done < total:
+            columns = torch.cat(done) if done else self.chosen
+            ranked = self._influence(columns, buffer[:n_done])
+            ranked[columns] = -1
             # Stable: ties go to the lower column.
-            order = torch.argsort(ranked, descending=True, stable=True)
-            new = order[: min(rerank_every, total - len(chosen))].sort().values
-            self.compute(new)
-            chosen = torch.cat([chosen, new]).sort().values
-        return chosen
+            new = torch.argsort(ranked, descending=True, stable=True)[: min(rerank_every, total - n_done)].sort().values
+            self._fill(self.local.feature_targets(new.tolist()), buffer[n_done : n_done + len(new)], None)
+            done.append(new)
+            n_done += len(new)
+        columns = torch.cat(done) if done else self.chosen
+        order = columns.argsort()
+        self.chosen = columns[order]
+        nodes, adjacency = self.layout = self._lay_out()
+        for start in range(0, total, 1024):
+            part = order[start : start + 1024]
+            adjacency[start : start + len(part)] = nodes.gather(buffer[part.to(buffer.device)]).cpu()
 
-    def _influence(self) -> Float[Tensor, "n_active"]:
+    def _influence(self, columns: Tensor, rows: Float[Tensor, "n_done n_columns"]) -> Float[Tensor, "n_active"]:
         """Influence of every active feature along the rows known so far, counted sources of convention "paper"."""
-        local = self.local
-        n_active, sources = local.n_active, local.sources
-        counted = torch.zeros(sources.n_columns, dtype=torch.bool)
-        counted[:n_active] = True
+        sources, n_active = self.local.sources, self.local.n_active
+        counted = torch.zeros(sources.n_columns, dtype=rows.dtype, device=rows.device)
+        counted[:n_active] = 1
         for i, point in enumerate(sources.points):
-            counted[sources.column(i) : sources.column(i) + sources.n_pos] = point.kind in (
-                NodeKind.ERROR,
-                NodeKind.TOKEN,
-            )
-        weight = torch.tensor([r.weight for r in self.resolved], dtype=torch.float64)
+            if point.kind in (NodeKind.ERROR, NodeKind.TOKEN):
+                counted[sources.column(i) : sources.column(i) + sources.n_pos] = 1
         result = torch.zeros(n_active, dtype=torch.float64)
 
         def spread(rows: Tensor, weight: Tensor) -> None:
             size = rows.abs()
-            totals = (size * counted.to(size)).sum(1).double().cpu()
+            totals = (size @ counted).double().cpu()
             scaled = torch.where(totals > 0, weight / totals.clamp_min(1e-300), 0.0)
             result.add_((scaled.to(size.dtype).to(size.device) @ size[:, :n_active]).double().cpu())
 
-        spread(self.logit_rows, weight)
-        if self.done:
-            columns, rows = torch.cat(self.done), torch.cat(self.feature_rows)
-            # A row only reaches features of earlier dictionaries: from the last dictionary to the first, each is final.
-            for f in reversed(sources.features):
-                here = ((columns >= f.start) & (columns < f.start + len(f))).nonzero()[:, 0]
-                if len(here):
-                    spread(rows[here.to(rows.device)], result[columns[here]].clone())
+        spread(self.logit_rows, torch.tensor([r.weight for r in self.resolved], dtype=torch.float64))
+        # A row only reaches features of earlier dictionaries: from the last dictionary to the first, each is final.
+        for f in reversed(sources.features):
+            here = ((columns >= f.start) & (columns < f.start + len(f))).nonzero()[:, 0]
+            if len(here):
+                spread(rows[here.to(rows.device)], result[columns[here]].clone())
         return result
 
-    def verify(self, chosen: Tensor) -> None:
+    def verify(self) -> None:
         """Compare two rows of the fast path with the reference, and fall back to it if they differ."""
         local = self.local
         if local.engine != "fast" or not local.settings.check or local.values.from_cache:
             return
+        assert self.layout is not None
+        columns, adjacency = self.layout
         generator = torch.Generator().manual_seed(0)
-        picks: list[tuple[Targets, Tensor]] = []
         logit = int(torch.randint(len(self.resolved), (1,), generator=generator))
-        picks.append((stack([self.resolved[logit]]), self.logit_rows[logit]))
-        if len(chosen):
-            column = int(chosen[torch.randint(len(chosen), (1,), generator=generator)])
-            place = int((torch.cat(self.done) == column).nonzero()[0, 0])
-            picks.append((local.feature_targets([column]), torch.cat(self.feature_rows)[place]))
+        picks = [(stack([self.resolved[logit]]), adjacency[len(self.chosen) + logit])]
+        if len(self.chosen):
+            row = int(torch.randint(len(self.chosen), (1,), generator=generator))
+            picks.append((local.feature_targets([int(self.chosen[row])]), adjacency[row]))
         worst = 0.0
         for targets, fast in picks:
-            slow = rows_by_autograd(local._hooks(), targets)[0]
+            slow = columns.gather(local.rows(targets, engine="reference"))[0].cpu()
             worst = max(worst, float((fast - slow).abs().max() / slow.abs().max().clamp_min(1e-30)))
         local.checks["fast_vs_reference"] = worst
         if worst <= AGREEMENT.get(local.values.native, 0.2):
@@ -177,18 +203,15 @@ class _Builder:
         if local.settings.engine == "fast":
             raise ConsistencyError(f"the fast path differs from the reference by {worst:.1e} of a row's largest entry")
         local.engine, local.engine_note = "reference", f"fallback: the fast path differed by {worst:.1e} of a row's largest"
-        self.logit_rows, self.done, self.feature_rows = self._rows(self.logits), [], []
-        self.compute(chosen)
+        self._fill(self.logits, self.logit_rows, None)
+        self._compute_chosen()
 
-    def graph(self, chosen: Tensor, max_features: int | None) -> AttributionGraph:
+    def graph(self, max_features: int | None) -> AttributionGraph:
         """Lay the graph out."""
         local = self.local
-        columns = lay_out(local.sources, chosen, local.tokens.cpu(), local.label)
-        order = torch.cat(self.done).argsort() if self.done else torch.zeros(0, dtype=torch.long)
-        blocks = [columns.gather(rows).cpu() for rows in self.feature_rows]
-        features = torch.cat(blocks)[order] if blocks else self.logit_rows.new_zeros(0, columns.n_nodes).cpu()
-        adjacency = torch.cat([features, columns.gather(self.logit_rows).cpu()])
-        value, bias = local.feature_values(chosen.tolist())
+        assert self.layout is not None
+        columns, adjacency = self.layout
+        value, bias = local.feature_values(self.chosen.tolist())
         dtype = adjacency.dtype
         manifest = local.manifest() | {"options": {"max_features": max_features}, "targets": [r.name for r in self.resolved]}
         return AttributionGraph(
@@ -218,10 +241,8 @@ class _Builder:
         def expander(graph: AttributionGraph, node: int) -> AttributionGraph:
             kept = [_column(local, graph.node(i)) for i in range(graph.nodes.n_features)]
             new = _columns_of(local, graph, graph.node(node))
-            builder = _Builder(local, resolved, None, None)
-            chosen = torch.tensor(sorted({*kept, *new}), dtype=torch.long)
-            builder.compute(chosen)
-            return builder.graph(chosen, graph.manifest.get("options", {}).get("max_features"))
+            limit = graph.manifest.get("options", {}).get("max_features")
+            return _Builder(local, resolved, None, None).with_features([*kept, *new], limit)
 
         return expander
 

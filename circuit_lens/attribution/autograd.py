@@ -160,36 +160,29 @@ class FrozenHooks:
 
 
 def rows_by_autograd(
-    hooks: FrozenHooks,
-    targets: Targets,
-    *,
-    batch_size: int | None = None,
-    progress: Callable[[int], None] | None = None,
-) -> Float[Tensor, "n n_columns"]:
-    """Return the rows of the given targets, like :func:`circuit_lens.attribution.sweep.rows`, by autograd.
+    hooks: FrozenHooks, targets: Targets, *, batch_size: int | None = None
+) -> Iterator[tuple[list[int], Float[Tensor, "n_block n_columns"]]]:
+    """Yield the rows of the given targets, like :func:`circuit_lens.attribution.sweep.row_blocks`, by autograd.
 
     Args:
         hooks: The frozen hooks of the prompt.
         targets: What to compute rows for.
         batch_size: Targets per backward pass; 16 by default.
-        progress: Called with the number of rows done after each batch.
     """
-    frozen, sources = hooks.frozen, hooks.sources
-    out = torch.zeros(len(targets), sources.n_columns, dtype=frozen.tokens.dtype, device=frozen.tokens.device)
     with torch.inference_mode(False), torch.enable_grad():
         tape = _record(hooks, targets)
         leaves = _leaves(tape)
-        for chosen in _by_hook(targets, batch_size or 16):
+    for chosen in _by_hook(targets, batch_size or 16):
+        with torch.inference_mode(False), torch.enable_grad():
             outputs, seeds = _seeds(tape, hooks, targets, chosen)
             grads = torch.autograd.grad(
                 outputs, list(leaves.values()), seeds, is_grads_batched=True, retain_graph=True, allow_unused=True
             )
-            with torch.no_grad():
-                at = {k: g[:, 0].to(out.dtype) for k, g in zip(leaves, grads, strict=True) if g is not None}
-                out[chosen] = _contract(sources, at, len(chosen), out)
-            if progress is not None:
-                progress(len(chosen))
-    return out
+        with torch.no_grad():
+            dtype = hooks.frozen.tokens.dtype
+            at = {k: g[:, 0].to(dtype) for k, g in zip(leaves, grads, strict=True) if g is not None}
+            block = _contract(hooks.sources, at, len(chosen), hooks.frozen.tokens)
+        yield chosen, block
 
 
 def _record(hooks: FrozenHooks, targets: Targets) -> _Tape:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -14,6 +14,7 @@ from circuit_lens.hooks import preserved_rng, suspended
 from circuit_lens.protocols import Dictionary
 
 
+@runtime_checkable
 class MlpPath(Protocol):
     """A linear map from the residual stream that enters the MLP branch to what the branch adds to it."""
 

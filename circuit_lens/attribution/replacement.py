@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
@@ -49,6 +49,7 @@ class Settings:
         zero_positions: Positions at which no feature is active by decree.
         check: Check the frozen model before it is used (linearity, two rows of the fast path against the reference,
             reconstruction).
+        min_explained: Least share of the MLP output's square that a dictionary must explain on the prompt; None: any.
     """
 
     norms: Literal["frozen", "linear"] = "frozen"
@@ -57,6 +58,7 @@ class Settings:
     engine: Engine = "auto"
     zero_positions: tuple[int, ...] = ()
     check: bool = True
+    min_explained: float | None = 0.0
 
     def __post_init__(self) -> None:
         valid = {
@@ -211,15 +213,16 @@ class LocalReplacementModel:
                 )
 
     def _check_reconstruction(self) -> None:
-        """Raise if a dictionary is worse than predicting zero, and say which input would suit it."""
+        """Raise if a dictionary explains too little, and say which input would suit it."""
+        least = self.settings.min_explained
         for f, explained in zip(self.sources.features, self.sources.explained, strict=True):
-            if explained >= 0:
+            if least is None or explained >= least:
                 continue
             raise ReconstructionError(
-                f"{f.dictionary} does not reconstruct this model's MLP output: it leaves {1 - explained:.1f} times its size "
-                f"as error.{self._better_input(f)} Its input hook may be another one, or the model's weights are processed "
-                "in a way it was not trained on: load the model with from_pretrained_no_processing. To use it all the same "
-                "pass check=False"
+                f"{f.dictionary} does not reconstruct this model's MLP output: it explains {explained:.0%} of it (least: "
+                f"{least:.0%}).{self._better_input(f)} Its input hook may be another one, or the model's weights are "
+                "processed in a way it was not trained on: load the model with from_pretrained_no_processing. To use it all "
+                "the same pass min_explained=None"
             )
 
     def _better_input(self, f: ActiveFeatures) -> str:
@@ -336,20 +339,23 @@ class LocalReplacementModel:
             return self.frozen.tokens.new_zeros(0), self.frozen.tokens.new_zeros(0)
         return torch.cat(values)[wanted], torch.cat(biases)[wanted]
 
-    def rows(
-        self,
-        targets: Targets,
-        *,
-        batch_size: int | None = None,
-        progress: Callable[[int], None] | None = None,
-        engine: str | None = None,
-    ) -> Float[Tensor, "n n_columns"]:
-        """Return rows over all columns (see :class:`Sources`), by the engine of this model or the one named."""
+    def row_blocks(
+        self, targets: Targets, *, batch_size: int | None = None, engine: str | None = None
+    ) -> Iterator[tuple[list[int], Float[Tensor, "n_block n_columns"]]]:
+        """Yield rows over all columns (see :class:`Sources`), block by block, by this model's engine or the one named."""
         if not len(targets):
-            return self.frozen.tokens.new_zeros(0, self.sources.n_columns)
+            return
         if (engine or self.engine) == "fast":
-            return sweep.rows(self.frozen, self.sources, targets, batch_size=batch_size, progress=progress)
-        return rows_by_autograd(self._hooks(), targets, batch_size=batch_size, progress=progress)
+            yield from sweep.row_blocks(self.frozen, self.sources, targets, batch_size=batch_size)
+        else:
+            yield from rows_by_autograd(self._hooks(), targets, batch_size=batch_size)
+
+    def rows(self, targets: Targets, *, batch_size: int | None = None, engine: str | None = None) -> Tensor:
+        """Return the rows of the given targets, ``[n, n_columns]``."""
+        out = self.frozen.tokens.new_zeros(len(targets), self.sources.n_columns)
+        for chosen, block in self.row_blocks(targets, batch_size=batch_size, engine=engine):
+            out[chosen] = block
+        return out
 
     def row(self, target: Feature | Node | Any) -> Row:
         """Return the row of one target: an active feature, or anything ``attribute(targets=)`` takes that is one target.

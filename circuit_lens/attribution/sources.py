@@ -9,6 +9,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from jaxtyping import Float, Int
@@ -91,11 +92,11 @@ class Sources:
     explained: list[float]
     n_pos: int
 
-    @property
+    @cached_property
     def n_features(self) -> int:
         return sum(len(f) for f in self.features)
 
-    @property
+    @cached_property
     def n_columns(self) -> int:
         return self.n_features + len(self.points) * self.n_pos
 

@@ -9,6 +9,7 @@ attention layer is one matrix product for all of them. No forward pass is repeat
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
@@ -22,33 +23,28 @@ _MEMORY = 192 * 2**20  # bytes for the gradients of one batch of targets
 _MOVED_LIMIT = 2**26  # entries of the table that replaces the last attention layer
 
 
-def rows(
-    frozen: FrozenModel,
-    sources: Sources,
-    targets: Targets,
-    *,
-    batch_size: int | None = None,
-    progress: Callable[[int], None] | None = None,
-) -> Float[Tensor, "n n_columns"]:
-    """Return the rows of the given targets over all columns of the sources.
+def row_blocks(
+    frozen: FrozenModel, sources: Sources, targets: Targets, *, batch_size: int | None = None
+) -> Iterator[tuple[list[int], Float[Tensor, "n_block n_columns"]]]:
+    """Yield the rows of the given targets over all columns of the sources, block by block.
 
     Args:
         frozen: The frozen pass.
         sources: Its sources.
         targets: What to compute rows for; the result does not depend on how they are ordered or batched.
         batch_size: Targets swept at once; None fits them to about 200 MB.
-        progress: Called with the number of rows done after each batch.
+
+    Yields:
+        Which targets, and their rows. Every target comes once.
     """
-    out = torch.zeros(len(targets), sources.n_columns, dtype=frozen.tokens.dtype, device=frozen.tokens.device)
     width = 4 * frozen.n_pos * frozen.tokens.shape[1] * frozen.tokens.element_size()
     batch = batch_size or max(16, _MEMORY // width)
     with torch.no_grad():
         sweep = _Sweep(frozen, sources, targets)
-        for pos, chosen in _batches(targets, batch):
-            out[chosen] = sweep.run(chosen, pos)
-            if progress is not None:
-                progress(len(chosen))
-    return out
+    for pos, chosen in _batches(targets, batch):
+        with torch.no_grad():
+            block = sweep.run(chosen, pos)
+        yield chosen, block
 
 
 def _batches(targets: Targets, batch: int) -> Iterator[tuple[int, list[int]]]:
@@ -72,6 +68,7 @@ class _Sweep:
     def __init__(self, frozen: FrozenModel, sources: Sources, targets: Targets) -> None:
         self.frozen, self.sources, self.layers = frozen, sources, targets.layer.tolist()
         self.gradients, self.spread = pull_back(frozen, targets)
+        self.written = [_mlp_table(sources, layer) for layer in range(frozen.n_layers)]
         self.embedded = sources.points_at(0, Stage.PRE)
         self.moved = self._moved()
 
@@ -106,8 +103,7 @@ class _Sweep:
 
     def _block(self, state: _Batch, layer: int, joining: list[int]) -> None:
         sources, frozen = self.sources, self.frozen
-        state.score_features(sources, layer)
-        state.score_points(sources.points_at(layer, Stage.MLP))
+        state.score_table(self.written[layer])
         path = sources.paths[layer]
         side = None if path is None else state.map(path.adjoint)
         if not frozen.parallel:
@@ -125,6 +121,40 @@ class _Sweep:
 
 
 Gradients = tuple[Tensor | None, Tensor | None]
+
+
+@dataclass(frozen=True, eq=False)
+class _AtPosition:
+    """What enters the residual stream at one place and position, stacked, and the columns it belongs to.
+
+    ``segments``: (first row of ``vectors``, number of rows, first column).
+    """
+
+    vectors: Float[Tensor, "n d_model"]
+    segments: list[tuple[int, int, int]]
+
+
+def _mlp_table(sources: Sources, layer: int) -> list[_AtPosition]:
+    """Stack, per position, everything that enters with a layer's MLP output, so that it is one matrix product."""
+    features, points = sources.features_writing(layer), sources.points_at(layer, Stage.MLP)
+    table = []
+    for q in range(sources.n_pos):
+        parts: list[Tensor] = []
+        segments: list[tuple[int, int, int]] = []
+        n = 0
+        for active, vectors in features:
+            at = active.at(q)
+            if at.stop > at.start:
+                parts.append(vectors[at])
+                segments.append((n, at.stop - at.start, active.start + at.start))
+                n += at.stop - at.start
+        for column, point in points:
+            parts.append(point.vectors[q : q + 1])
+            segments.append((n, 1, column + q))
+            n += 1
+        empty = sources.points[0].vectors[:0]
+        table.append(_AtPosition(torch.cat(parts) if parts else empty, segments))
+    return table
 
 
 class _Batch:
@@ -174,25 +204,30 @@ class _Batch:
 
     def attend(self, adjoint: Callable[[Tensor], Tensor], adjoint_from: Callable[[Tensor, int], Tensor]) -> None:
         """Pull all gradients through attention, the bypass included; afterwards none is local."""
+        some = self.local if self.spread is None else self.spread
+        if some is None:
+            return
+        n_local = 0 if self.local is None else len(self.local)
+        new = some.new_empty(self.pos + 1, self.n_spread + n_local, some.shape[-1])
         if self.spread is not None:
-            self.spread = self.spread + adjoint(self.spread)
+            torch.add(self.spread, adjoint(self.spread), out=new[:, : self.n_spread])
         if self.local is not None:
-            new = adjoint_from(self.local, self.pos)
-            new[self.pos] += self.local
-            self.join_spread(new)
-            self.local = None
+            new[:, self.n_spread :] = adjoint_from(self.local, self.pos)
+            new[self.pos, self.n_spread :] += self.local
+        self.spread, self.local = new, None
 
-    def score_features(self, sources: Sources, layer: int) -> None:
-        """Contract with what the features write to a layer's MLP output."""
-        for features, vectors in sources.features_writing(layer):
-            if self.spread is not None:
-                for q in range(self.pos + 1):
-                    at = features.at(q)
-                    if at.stop > at.start:
-                        self._put_spread(self.spread[q] @ vectors[at].T, features.start + at.start)
-            at = features.at(self.pos)
-            if self.local is not None and at.stop > at.start:
-                self._put_local(self.local @ vectors[at].T, features.start + at.start)
+    def score_table(self, table: list[_AtPosition]) -> None:
+        """Contract with everything that enters with a layer's MLP output."""
+        if self.spread is not None:
+            for q, here in enumerate(table[: self.pos + 1]):
+                values = self.spread[q] @ here.vectors.T
+                for start, n, column in here.segments:
+                    self._put_spread(values[:, start : start + n], column)
+        if self.local is not None:
+            here = table[self.pos]
+            values = self.local @ here.vectors.T
+            for start, n, column in here.segments:
+                self._put_local(values[:, start : start + n], column)
 
     def score_points(self, points: list[tuple[int, PointSource]]) -> None:
         """Contract with sources that exist once per position."""

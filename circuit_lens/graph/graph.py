@@ -88,7 +88,8 @@ class AttributionGraph(GraphQueries):
                 f"{int(n.pos.min())} to {int(n.pos.max())}."
             )
         for name in ("adjacency", "target_bias", "target_value", "logit_weight"):
-            if not bool(torch.isfinite(getattr(self, name)).all()):
+            # The sum is finite only if every entry is, and needs no mask of the matrix's size.
+            if not bool(torch.isfinite(getattr(self, name).sum())):
                 raise GraphError(f"{name} holds NaN or infinity: the activations or weights it was computed from do.")
         if not bool(torch.isfinite(n.activation[: n.n_features]).all()):
             raise GraphError("A feature's activation is NaN or infinite.")
@@ -128,10 +129,17 @@ class AttributionGraph(GraphQueries):
 
     def row_totals(self, *, convention: str = "paper") -> Float[Tensor, "n_rows"]:
         """Return the sum of |edge| of each row, float64; in a pruned graph, of the full graph's row."""
-        if self.pruning is None:
-            return compute_row_totals(self.adjacency, nodes=self.nodes, convention=convention)
-        counted(self.nodes, convention)
-        return self.pruning.row_totals[:, 0 if convention == "paper" else 1].double()
+        if self.pruning is not None:
+            counted(self.nodes, convention)
+            return self.pruning.row_totals[:, 0 if convention == "paper" else 1].double()
+        if convention not in self._row_totals:
+            totals = compute_row_totals(self.adjacency, nodes=self.nodes, convention=convention)
+            self._row_totals[convention] = totals
+        return self._row_totals[convention].clone()
+
+    @cached_property
+    def _row_totals(self) -> dict[str, Tensor]:
+        return {}
 
     @cached_property
     def _influence(self) -> dict[str, Tensor]:
