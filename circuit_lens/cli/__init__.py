@@ -8,15 +8,14 @@ function, never at its top: ``--help`` imports all of them and must stay quick.
 from __future__ import annotations
 
 import importlib
-import sys
 from typing import Annotated
 
 import typer
 
 from circuit_lens import __version__
-from circuit_lens.errors import CircuitLensError
+from circuit_lens.cli.failing import guarded
 
-COMMANDS: tuple[str, ...] = ()
+COMMANDS: tuple[str, ...] = ("trace", "doctor")
 
 
 def _print_version(wanted: bool) -> None:
@@ -38,14 +37,10 @@ def build_app() -> typer.Typer:
         """Trace, test and explain what a language model computes."""
 
     for name in COMMANDS:
-        app.command(name)(getattr(importlib.import_module(f"circuit_lens.cli.{name}"), name))
+        app.command(name)(guarded(getattr(importlib.import_module(f"circuit_lens.cli.{name}"), name)))
     return app
 
 
 def main() -> None:
-    """Run the command line; an error of ours is one clear message and exit status 1, never a traceback."""
-    try:
-        build_app()()
-    except CircuitLensError as error:
-        typer.echo(f"Error: {error}", err=True)
-        sys.exit(1)
+    """Run the command line; an error of ours is one clear message and exit status 2, never a traceback."""
+    build_app()()

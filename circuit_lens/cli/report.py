@@ -1,0 +1,205 @@
+"""What ``circuit-lens trace`` prints about a graph."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path as FilePath
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from circuit_lens.cli.pair_check import LayerCheck
+    from circuit_lens.graph.graph import AttributionGraph
+    from circuit_lens.graph.nodes import Node
+    from circuit_lens.graph.records import Path
+
+_BAR = 20
+_PATHS_PER_TOKEN = 2
+
+
+def print_report(console: Console, graph: AttributionGraph, circuit: AttributionGraph, *, top: int) -> None:
+    """Print the prompt, the model's output, the scores, the strongest features and the strongest paths.
+
+    Args:
+        console: where to.
+        graph: the whole graph.
+        circuit: what is left of it after pruning.
+        top: features per position.
+    """
+    _print_head(console, graph)
+    _print_logits(console, graph)
+    _print_scores(console, graph, circuit)
+    _print_features(console, graph, circuit, top)
+    _print_paths(console, graph)
+
+
+def print_files(console: Console, paths: Sequence[FilePath]) -> None:
+    """Print the files that were written, with their sizes."""
+    grid = new_grid()
+    for path in paths:
+        grid.add_row(Text(str(path), overflow="fold"), Text(_size(path.stat().st_size), style="dim"))
+    _section(console, "Files")
+    console.print(grid)
+
+
+def new_console(width: int) -> Console:
+    """Return a console for stdout of this width, which wraps and never cuts."""
+    return Console(width=width, highlight=False, soft_wrap=False, emoji=False, markup=False)
+
+
+def _size(n_bytes: int) -> str:
+    for unit in ("B", "kB", "MB"):
+        if n_bytes < 1000:
+            return f"{n_bytes:.0f} {unit}" if unit == "B" else f"{n_bytes:.1f} {unit}"
+        n_bytes = n_bytes / 1000  # type: ignore[assignment]
+    return f"{n_bytes:.1f} GB"
+
+
+def print_layers(console: Console, layers: Sequence[LayerCheck]) -> None:
+    """Print how well the dictionaries reconstruct what they should, one per line."""
+    table = _table()
+    for name in ("layer", "reads", "writes", "features", "explained variance", "L0", ""):
+        table.add_column(name, justify="left" if name in ("reads", "writes", "") else "right", overflow="fold")
+    for layer in layers:
+        style = "red" if layer.broken else "yellow" if layer.verdict else ""
+        table.add_row(
+            str(layer.layer), layer.reads, layer.writes, str(layer.n_features), Text(f"{layer.explained:.3f}", style=style),
+            f"{layer.l0:.1f}", Text(layer.verdict, style=style),
+        )  # fmt: skip
+    console.print(table)
+
+
+def _section(console: Console, title: str, note: str = "") -> None:
+    text = Text("\n")
+    text.append(title, style="bold")
+    text.append(f"  {note}" if note else "", style="dim")
+    console.print(text)
+
+
+def new_grid() -> Table:
+    """Return a grid of columns two blanks apart."""
+    return Table.grid(padding=(0, 2, 0, 0), pad_edge=False)
+
+
+def _table() -> Table:
+    return Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim", show_edge=False)
+
+
+def shown(token: str) -> str:
+    """Return a token as it reads on a screen: without the blanks around it, and quoted where nothing is left."""
+    from circuit_lens.viewer.layout import clean_token
+
+    return clean_token(token) or repr(token)
+
+
+def _print_head(console: Console, graph: AttributionGraph) -> None:
+    manifest = graph.manifest
+    prompt = graph.prompt if graph.prompt is not None else "".join(graph.token_strings)
+    console.print(Text(prompt, style="bold"))
+    model = manifest.get("model", {})
+    n_active, n_features = manifest.get("n_active_features", 0), graph.nodes.n_features
+    parts = [
+        f"{model.get('name') or model.get('class', 'model')}",
+        f"{graph.n_layers} layers",
+        f"{len(manifest.get('dictionaries', {}))} dictionaries",
+        f"{n_active} active features" + ("" if n_features == n_active else f", {n_features} of them nodes"),
+    ]
+    console.print(Text(" · ".join(parts), style="dim"))
+    note = manifest.get("engine_note", "")
+    if note.startswith("fallback"):
+        console.print(Text(f"computed by the reference engine ({note})", style="yellow"))
+
+
+def _print_logits(console: Console, graph: AttributionGraph, n: int = 5) -> None:
+    top = graph.top_logits
+    grid = new_grid()
+    rows = list(zip(top.strings, top.probs.tolist(), top.logits.tolist(), strict=True))[:n]
+    for i, (text, probability, logit) in enumerate(rows):
+        bar = "█" * round(_BAR * probability) or "▏"
+        grid.add_row(
+            Text(shown(text), style="bold green" if i == 0 else "", overflow="fold"), Text(f"{probability:.3f}"),
+            Text(f"{logit:.2f}", style="dim"), Text(bar, style="green" if i == 0 else "dim"),
+        )  # fmt: skip
+    _section(console, "Next token", "probability, logit")
+    console.print(grid)
+    targets = graph.nodes.labels[graph.nodes.n_sources :]
+    if not set(targets) <= {text for text, _, _ in rows}:
+        names = ", ".join(shown(label) for label in targets)
+        console.print(Text(f"explained: {names}", style="dim"))
+
+
+def _print_scores(console: Console, graph: AttributionGraph, circuit: AttributionGraph) -> None:
+    table = _table()
+    for name in ("convention", "replacement", "completeness", "influence ends at"):
+        table.add_column(name, justify="right" if name in ("replacement", "completeness") else "left")
+    for convention in ("paper", "conserving"):
+        scores = graph.scores(convention=convention)
+        ends = ", ".join(f"{kind} {share:.0%}" for kind, share in scores.shares.items() if share >= 0.005)
+        table.add_row(convention, f"{scores.replacement:.3f}", f"{scores.completeness:.3f}", Text(ends or "nothing"))
+    _section(console, "Scores", "of the whole graph")
+    console.print(table)
+    explained = graph.manifest.get("explained", {})
+    if explained:
+        shares = " ".join(f"{share:.0%}" for share in explained.values())
+        console.print(Text(f"MLP output that the dictionaries explain, by layer: {shares}", style="dim"))
+    pruning = circuit.pruning
+    if pruning is not None:
+        text = (
+            f"circuit: {len(circuit.nodes)} of {pruning.n_nodes} nodes, {circuit.n_edges} of {pruning.n_edges} edges "
+            f"(thresholds {pruning.node_threshold:g}, {pruning.edge_threshold:g})"
+        )
+        console.print(Text(text, style="dim"))
+
+
+def _print_features(console: Console, graph: AttributionGraph, circuit: AttributionGraph, top: int) -> None:
+    """Print, position by position, the features of the circuit with the most influence in the whole graph."""
+    table = _table()
+    for name, justify in (("token", "left"), ("feature", "left"), ("influence", "right"), ("activation", "right")):
+        table.add_column(name, justify=justify, no_wrap=name != "token")  # type: ignore[arg-type]
+    labelled = any(circuit.nodes.labels[: circuit.nodes.n_features])
+    if labelled:
+        table.add_column("label", overflow="fold")
+    kept = {circuit.nodes.name(i) for i in range(circuit.nodes.n_features)}
+    for pos, token in enumerate(graph.token_strings):
+        here = [ranked for ranked in graph.top(graph.nodes.n_features, pos=pos) if ranked.node.name in kept][:top]
+        for i, ranked in enumerate(here):
+            node = ranked.node
+            where = Text.assemble((f"{pos:>2} ", "dim"), shown(token)) if i == 0 else Text("")
+            figures = f"L{node.layer} #{node.index}", f"{ranked.score:.3f}", f"{node.activation or 0.0:.2f}"
+            table.add_row(where, *figures, *([Text(node.label, style="cyan")] if labelled else []))
+    _section(console, "Strongest features", f"at each position, at most {top} of the circuit")
+    console.print(table if table.row_count else Text("none", style="dim"))
+
+
+def _print_paths(console: Console, graph: AttributionGraph, n: int = 8) -> None:
+    best = graph.best_logit
+    grid = new_grid()
+    for path in strongest_paths(graph, n):
+        steps = Text(" → ").join([_step(node) for node in path.nodes])
+        steps.overflow = "fold"
+        grid.add_row(Text(f"{path.weight:+.3f}", style="green" if path.weight > 0 else "red"), steps)
+    _section(console, f"Strongest paths to {shown(best.label)}", f"linear effect, at most {_PATHS_PER_TOKEN} per token")
+    console.print(grid if grid.row_count else Text("none", style="dim"))
+
+
+def strongest_paths(graph: AttributionGraph, n: int) -> list[Path]:
+    """Return the n strongest paths from tokens through features to the strongest logit, at most two from one token."""
+    found: list[Path] = []
+    if graph.nodes.n_features:
+        features = list(range(graph.nodes.n_features))
+        for token in range(len(graph.nodes))[graph.nodes.slice_of("token")]:
+            found += graph.paths(token, graph.best_logit.id, k=_PATHS_PER_TOKEN, through=features)
+    return sorted(found, key=lambda path: -abs(path.weight))[:n]
+
+
+def _step(node: Node) -> Text:
+    kind = node.kind.name.lower()
+    if kind in ("token", "logit"):
+        return Text(shown(node.token if kind == "token" else node.label), style="bold")
+    text = Text(f"L{node.layer} #{node.index}" + f" at {shown(node.token)}")
+    if node.label:
+        text.append(f" [{node.label}]", style="cyan")
+    return text
