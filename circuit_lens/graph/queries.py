@@ -143,6 +143,8 @@ class GraphQueries:
             columns = torch.tensor(self._sources(source), dtype=torch.long)
         block = self.adjacency[rows][:, columns]
         size = block.abs().flatten()
+        if n is not None and 0 < n < len(size):
+            min_weight = max(min_weight, float(size.topk(n).values[-1]))
         kept = ((size > 0) & (size >= min_weight)).nonzero().flatten()
         kept = kept[torch.sort(size[kept], descending=True, stable=True).indices][:n]
         totals = self.row_totals(convention="conserving").tolist()

@@ -178,7 +178,7 @@ def _draw_nodes(
                      linewidths=1.9 if bold else 0.8, zorder=8)  # fmt: skip
         colour = _GREY if node.kind in (NodeKind.ERROR, NodeKind.BIAS, NodeKind.REST) else _INK
         text = axes.text(item.x + 0.7 * MARK, item.y, _printable("\n".join(item.lines)), size=_TEXT, color=colour,
-                         va="center", zorder=9, family=_families(), parse_math=False, linespacing=1.05,
+                         va="center", zorder=9, family=_families(), parse_math=False, linespacing=1.15,
                          weight="bold" if bold else "normal")  # fmt: skip
         text.set_path_effects([withStroke(linewidth=2.2, foreground="#fbfbfc")])
 

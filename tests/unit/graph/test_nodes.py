@@ -5,7 +5,8 @@ import torch
 
 from circuit_lens.errors import GraphError, NodeNotFoundError, TokenNotFoundError
 from circuit_lens.graph import Feature, NodeKind, NodeTable, Section, find_position
-from tests.unit.graph.graphs import hand_graph, random_graph
+from circuit_lens.interop import to_json
+from tests.unit.graph.graphs import hand_graph, make_graph, random_graph
 
 TOKENS = ("<bos>", "Fact", ":", " the", " capital", " of", " the", " state", " containing", " Dal", "las", " is")
 
@@ -133,10 +134,11 @@ def test_a_feature_of_a_layer_with_two_dictionaries_needs_its_site() -> None:
     two = Section(NodeKind.FEATURE, pos=torch.zeros(2, dtype=torch.long), layer=0, index=3, site=torch.tensor([0, 1]),
                   activation=torch.ones(2))  # fmt: skip
     logit = Section(NodeKind.LOGIT, pos=torch.tensor([0]), layer=1, labels=("x",))
-    from tests.unit.graph.graphs import make_graph
-
     nodes = NodeTable.build([two, logit], sites=("attn", "mlp"))
     graph = make_graph(nodes, torch.zeros(3, 2, dtype=torch.float64), n_pos=1, n_layers=1)
     with pytest.raises(NodeNotFoundError, match="give site="):
         graph.node(Feature(0, 0, 3))
     assert graph.node(Feature(0, 0, 3, site="mlp")).id == 1
+    assert [graph.nodes.name(i) for i in (0, 1)] == ["L0 P0 #3 (attn)", "L0 P0 #3 (mlp)"]
+    assert graph.node("L0 P0 #3 (mlp)").id == 1
+    assert [node["node_id"] for node in to_json(graph)["nodes"]] == ["0_attn_3_0", "0_mlp_3_0", "2_0_0"]
