@@ -48,13 +48,25 @@ def hook_point(model: HookedModel, name: str) -> Any:
     Raises:
         HookError: The model has no such hook point; names the nearest ones.
     """
+    return hook_points(model, [name])[0]
+
+
+def hook_points(model: HookedModel, names: Sequence[str]) -> list[Any]:
+    """Return the hook points of the given names.
+
+    One look at ``hook_dict`` for all of them: a TransformerBridge builds it anew at every look, in milliseconds a layer.
+
+    Raises:
+        HookError: The model has no such hook point; names the nearest ones.
+    """
     hooks = model.hook_dict
-    if name not in hooks:
-        raise HookError(
-            f"unknown hook point {name!r}; the model has {len(hooks)}, such as "
-            f"{', '.join(list(hooks)[:3])}{nearest(name, hooks)}. List them with sorted(model.hook_dict)."
-        )
-    return hooks[name]
+    for name in names:
+        if name not in hooks:
+            raise HookError(
+                f"unknown hook point {name!r}; the model has {len(hooks)}, such as "
+                f"{', '.join(list(hooks)[:3])}{nearest(name, hooks)}. List them with sorted(model.hook_dict)."
+            )
+    return [hooks[name] for name in names]
 
 
 def has_hook(model: HookedModel, name: str) -> bool:
@@ -69,7 +81,7 @@ def scoped_hooks(model: HookedModel, hooks: Sequence[Hook]) -> Iterator[None]:
     Raises:
         HookError: Unknown name (before anything is attached), or a hook that never fired (when the block ends well).
     """
-    points = [hook_point(model, hook.name) for hook in hooks]
+    points = hook_points(model, [hook.name for hook in hooks])
     fired = [False] * len(hooks)
     handles: list[tuple[Any, Any]] = []
     try:
@@ -132,9 +144,11 @@ def user_hooks(model: HookedModel, fwd_hooks: Sequence[tuple[Any, Any]]) -> Iter
         HookError: A name that the model lacks, or a filter that matches nothing.
     """
     pairs: list[tuple[Any, Any]] = []
+    named = [selector for selector, _ in fwd_hooks if isinstance(selector, str)]
+    points = dict(zip(named, hook_points(model, named), strict=True)) if named else {}
     for selector, function in fwd_hooks:
         if isinstance(selector, str):
-            pairs.append((hook_point(model, selector), function))
+            pairs.append((points[selector], function))
             continue
         matched = {id(p): p for n, p in model.hook_dict.items() if selector(n)}
         if not matched:
@@ -145,7 +159,7 @@ def user_hooks(model: HookedModel, fwd_hooks: Sequence[tuple[Any, Any]]) -> Iter
         for point, function in pairs:
             point.add_hook(function, is_permanent=True)
             handles.append((point, point.fwd_hooks[-1]))
-        with mlp_in_enabled(model, [s for s, _ in fwd_hooks if isinstance(s, str)]):
+        with mlp_in_enabled(model, named):
             yield
     finally:
         for point, handle in reversed(handles):
@@ -156,14 +170,17 @@ def user_hooks(model: HookedModel, fwd_hooks: Sequence[tuple[Any, Any]]) -> Iter
 def suspended(points: Iterable[Any]) -> Iterator[None]:
     """Silence every hook on the given hook points for a ``with`` block; they return in the same order.
 
-    Used to probe a single module without showing the probe to the user's hooks.
+    Used for passes that are ours alone: a probe of a single module, and the frozen model, in which the user's edits are
+    constants that must not be made twice.
     """
     saved: list[tuple[Any, list[tuple[Any, Any]]]] = []
     try:
         for point in points:
-            registered: OrderedDict[Any, Any] = point._forward_hooks
-            saved.append((registered, list(registered.items())))
-            registered.clear()
+            registered: OrderedDict[Any, Any]
+            kinds = (point._forward_pre_hooks, point._forward_hooks, point._backward_pre_hooks, point._backward_hooks)
+            for registered in kinds:
+                saved.append((registered, list(registered.items())))
+                registered.clear()
         yield
     finally:
         for registered, items in saved:

@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from circuit_lens.errors import ConsistencyError, TokensError
-from circuit_lens.hooks import Hook, preserved_rng, quiet_norm_edits, scoped_hooks, user_hooks
+from circuit_lens.hooks import Hook, preserved_rng, quiet_norm_edits, scoped_hooks, suspended, user_hooks
 from circuit_lens.protocols import HookedModel
 
 Prompt = str | Tensor | Sequence[int]
@@ -51,8 +51,14 @@ def to_tokens(model: HookedModel, prompt: Prompt) -> Int[Tensor, "n_pos"]:
 def _ids_to_tokens(prompt: Tensor | Sequence[int]) -> Tensor:
     # A copy outside inference mode, so that later autograd may use what depends on it.
     with torch.inference_mode(False):
-        tokens = prompt.detach().clone() if isinstance(prompt, Tensor) else torch.tensor(list(prompt), dtype=torch.long)
-    if tokens.is_floating_point() or tokens.dtype == torch.bool:
+        try:
+            # Without a dtype: one would cut numbers with a fraction off in silence.
+            tokens = prompt.detach().clone() if isinstance(prompt, Tensor) else torch.tensor(list(prompt))
+        except (TypeError, ValueError) as error:
+            raise TokensError(
+                f"{prompt!r:.80} is no prompt; give text, or the token ids of one prompt as a tensor or a list of integers"
+            ) from error
+    if tokens.numel() and (tokens.is_floating_point() or tokens.dtype == torch.bool):
         raise TokensError(f"token ids must be integers, not {tokens.dtype}; give text or ids")
     if tokens.ndim == 2 and tokens.shape[0] == 1:
         tokens = tokens[0]
@@ -118,12 +124,21 @@ def forward(
     *,
     hooks: Sequence[Hook] = (),
     fwd_hooks: Sequence[tuple[Any, Any]] = (),
+    alone: bool = False,
 ) -> Float[Tensor, "n_pos d_vocab"]:
     """Run the model once on one prompt, with the user's temporary hooks first and ours after them.
 
     The global random state is the same afterwards. Returns the logits, shape ``[n_pos, d_vocab]``.
+
+    Args:
+        model: The model.
+        tokens: The prompt.
+        hooks: Ours.
+        fwd_hooks: The user's temporary ones.
+        alone: Silence the permanent hooks of the user.
     """
-    with preserved_rng(), quiet_norm_edits(), user_hooks(model, fwd_hooks), scoped_hooks(model, hooks):
+    silent = suspended(set(model.hook_dict.values())) if alone else contextlib.nullcontext()
+    with preserved_rng(), quiet_norm_edits(), silent, user_hooks(model, fwd_hooks), scoped_hooks(model, hooks):
         logits = model(tokens[None], return_type="logits")
     return logits[0]
 

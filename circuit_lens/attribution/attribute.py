@@ -196,7 +196,8 @@ class _Builder:
         worst = 0.0
         for targets, fast in picks:
             slow = columns.gather(local.rows(targets, engine="reference"))[0].cpu()
-            worst = max(worst, float((fast - slow).abs().max() / slow.abs().max().clamp_min(1e-30)))
+            gap = float((fast - slow).abs().max() / slow.abs().max().clamp_min(1e-30))
+            worst = float("inf") if gap != gap else max(worst, gap)
         local.checks["fast_vs_reference"] = worst
         if worst <= AGREEMENT.get(local.values.native, 0.2):
             return
@@ -213,12 +214,15 @@ class _Builder:
         columns, adjacency = self.layout
         value, bias = local.feature_values(self.chosen.tolist())
         dtype = adjacency.dtype
+        bias = torch.cat([bias.cpu(), torch.tensor([r.bias for r in self.resolved], dtype=dtype)])
+        value = torch.cat([value.cpu(), torch.tensor([r.value for r in self.resolved], dtype=dtype)])
+        self._check_conservation(adjacency, bias, value)
         manifest = local.manifest() | {"options": {"max_features": max_features}, "targets": [r.name for r in self.resolved]}
         return AttributionGraph(
             nodes=table(columns, self._logit_section()),
             adjacency=adjacency,
-            target_bias=torch.cat([bias.cpu(), torch.tensor([r.bias for r in self.resolved], dtype=dtype)]),
-            target_value=torch.cat([value.cpu(), torch.tensor([r.value for r in self.resolved], dtype=dtype)]),
+            target_bias=bias,
+            target_value=value,
             logit_weight=torch.tensor([r.weight for r in self.resolved], dtype=dtype),
             tokens=local.tokens.cpu(),
             token_strings=local.token_strings,
@@ -228,6 +232,21 @@ class _Builder:
             n_layers=local.frozen.n_layers,
             expander=self._expander(),
         )
+
+    def _check_conservation(self, adjacency: Tensor, bias: Float[Tensor, "n_rows"], value: Float[Tensor, "n_rows"]) -> None:
+        """Raise if the rows do not sum to their targets' values: then the sources are not all there is."""
+        local = self.local
+        gap = (adjacency.sum(1) + bias - value).abs() / (torch.linalg.vector_norm(adjacency, 1, dim=1) + bias.abs()).clamp_min(
+            torch.finfo(adjacency.dtype).tiny
+        )
+        local.checks["conservation"] = worst = float(gap.max())
+        limit = AGREEMENT.get(local.values.native, 0.2)
+        if local.settings.check and not worst <= limit:
+            raise ConsistencyError(
+                f"rows of the graph miss their targets' values by {worst:.1e} of their size (limit {limit:.0e}, engine "
+                f"{local.engine}): the model does something at this prompt that no source explains. A hook of yours may edit "
+                "it where attention is not known as linear maps; pass check=False to get the graph all the same"
+            )
 
     def _logit_section(self) -> Section:
         pos = torch.tensor([r.pos for r in self.resolved])

@@ -21,7 +21,7 @@ from circuit_lens.attribution.sources import Sources, Stage
 from circuit_lens.attribution.targets import FINAL_HOOK, Targets
 from circuit_lens.dictionaries.points import Read, parse_hook, read_kind
 from circuit_lens.errors import LinearizationError
-from circuit_lens.hooks import Hook, has_hook
+from circuit_lens.hooks import Hook
 from circuit_lens.protocols import HookedModel
 from circuit_lens.running import forward
 
@@ -96,11 +96,11 @@ class FrozenHooks:
 
     def held(self) -> list[Hook]:
         """Return hooks for queries, keys, patterns and norm denominators."""
-        model, hooks = self.model, []
+        points, hooks = self.model.hook_dict, []
         for layer in range(self.frozen.n_layers):
             block = f"blocks.{layer}"
             if not self.linear_attention:
-                pairs = [n for n in (f"{block}.attn.hook_q", f"{block}.attn.hook_k") if has_hook(model, n)]
+                pairs = [n for n in (f"{block}.attn.hook_q", f"{block}.attn.hook_k") if n in points]
                 hooks += [self._first_seen(n) for n in pairs if self.hold(n)]
                 hooks += [self._constant(n) for n in (f"{block}.attn.hook_pattern",) if self.hold(n)]
             if not self.linear_norms:
@@ -212,7 +212,7 @@ def _record(hooks: FrozenHooks, targets: Targets) -> _Tape:
             listed.append(Hook(f"blocks.{layer}.hook_resid_pre", lambda live, layer=layer: pre_leaf(live, layer)))
     for name in dict.fromkeys(_read_hook(hooks, hook) for hook in targets.hooks):
         listed.append(FrozenHooks._keep(name, tape.read, name))
-    forward(hooks.model, frozen.values.tokens, hooks=listed)
+    forward(hooks.model, frozen.values.tokens, hooks=listed, alone=True)
     return tape
 
 
@@ -301,7 +301,7 @@ def attention_constants(hooks: FrozenHooks) -> list[Float[Tensor, "n_pos d_model
         listed.append(FrozenHooks._keep(f"blocks.{layer}.hook_attn_out", out, layer))
     constants = []
     with torch.inference_mode(False), torch.enable_grad():
-        forward(hooks.model, frozen.values.tokens, hooks=listed)
+        forward(hooks.model, frozen.values.tokens, hooks=listed, alone=True)
         for layer in range(frozen.n_layers):
             dual = torch.zeros_like(out[layer], requires_grad=True)
             pulled = torch.autograd.grad(out[layer], pre[layer], dual, create_graph=True)[0]
@@ -326,13 +326,14 @@ def check_linearity(hooks: FrozenHooks) -> float:
     directions = torch.randn(2, *x.shape, generator=generator, dtype=torch.float64).to(x)
     directions = directions / directions.norm(dim=-1, keepdim=True) * x.norm(dim=-1, keepdim=True)
     a, b = directions
-    error = _additivity(hooks, x, a, b, ["ln_final.hook_normalized"])["ln_final.hook_normalized"]
+    error = _additivity(hooks, x, a, b, ["ln_final.hook_normalized"], dead=float("inf"))["ln_final.hook_normalized"]
     limit = LINEARITY_LIMIT.get(frozen.values.native, 5e-2)
     if error <= limit:
         return error
     names = [n for n in hooks.model.hook_dict if n.endswith(_LEAKS)]
     errors = _additivity(hooks, x, a, b, names)
-    leak = next((n for n, e in errors.items() if e > limit), "ln_final.hook_normalized")
+    default = "blocks.0.hook_resid_pre" if error == float("inf") else "ln_final.hook_normalized"
+    leak = next((n for n, e in errors.items() if e > limit), default)
     raise LinearizationError(
         f"the frozen model is not linear: additivity error {error:.1e} (limit {limit:.0e}), first at {leak}. A hook that "
         "should hold a constant is ignored there by the model, or a hook of yours edits activations nonlinearly; the graph "
@@ -340,8 +341,14 @@ def check_linearity(hooks: FrozenHooks) -> float:
     )
 
 
-def _additivity(hooks: FrozenHooks, x: Tensor, a: Tensor, b: Tensor, names: Sequence[str]) -> dict[str, float]:
-    """Return, for each hook point in the order of the forward pass, the additivity error of its value."""
+def _additivity(
+    hooks: FrozenHooks, x: Tensor, a: Tensor, b: Tensor, names: Sequence[str], *, dead: float = 0.0
+) -> dict[str, float]:
+    """Return, for each hook point in the order of the forward pass, the additivity error of its value.
+
+    ``dead`` is the error of a value that does not depend on the stream: held where a constant is wanted, but at the end of
+    the model a sign that edits of the stream are ignored.
+    """
     seen: list[dict[str, Tensor]] = []
     for delta in (torch.zeros_like(a), a, b, a + b):
         values: dict[str, Tensor] = {}
@@ -355,7 +362,7 @@ def _additivity(hooks: FrozenHooks, x: Tensor, a: Tensor, b: Tensor, names: Sequ
             hook = FrozenHooks._keep(name, values, name)
             listed.append(Hook(name, hook.edit, must_fire=False))
         with torch.inference_mode(False), torch.no_grad():
-            forward(hooks.model, hooks.frozen.values.tokens, hooks=listed)
+            forward(hooks.model, hooks.frozen.values.tokens, hooks=listed, alone=True)
         seen.append(values)
     zero, one, two, both = seen
     errors = {}
@@ -366,5 +373,5 @@ def _additivity(hooks: FrozenHooks, x: Tensor, a: Tensor, b: Tensor, names: Sequ
         scale = max(float((f[i] - f[0]).abs().max()) for i in (1, 2, 3))
         # What does not depend on the stream, up to rounding, is held.
         floor = torch.finfo(hooks.frozen.values.native).eps * float(f[0].abs().max())
-        errors[name] = float((f[3] - f[1] - f[2] + f[0]).abs().max()) / scale if scale > 1e3 * floor else 0.0
+        errors[name] = float((f[3] - f[1] - f[2] + f[0]).abs().max()) / scale if scale > 1e3 * floor else dead
     return errors

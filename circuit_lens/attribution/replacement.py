@@ -234,7 +234,8 @@ class LocalReplacementModel:
             if kind is read_kind(d.hook_in):
                 continue
             read = read_value(kind, norm, base) + read_constant(kind, norm)
-            out = (d.decode(d.activate(d.pre_acts(read))) + d.skip(read))[:, 0]
+            with torch.no_grad():
+                out = (d.decode(d.activate(d.pre_acts(read))) + d.skip(read))[:, 0]
             explained = float(1 - (target - out)[1:].square().sum() / target[1:].square().sum())
             if explained > max(best[0], 0.3):
                 best = explained, f"blocks.{layer}.{kind.value}"

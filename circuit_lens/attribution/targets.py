@@ -319,6 +319,8 @@ class Resolver:
                     f"[1, n_pos, d_vocab], not {given}; return a scalar tensor, without .item(), .detach() or argmax"
                 )
             gradient = torch.autograd.grad(value.sum(), logits)[0][0]
+        if not bool(torch.isfinite(gradient).all() and torch.isfinite(value).all()):
+            raise TargetError(f"the metric {name} or its gradient is NaN or infinite at this run, so it cannot be linearised")
         if frozen.soft_cap is not None:
             gradient = gradient * (1 - (frozen.capped_logits() / frozen.soft_cap) ** 2)
         vectors = gradient @ self.W_U.to(dtype).T

@@ -13,7 +13,7 @@ from torch import Tensor
 from circuit_lens.errors import CacheError, ConsistencyError, nearest
 from circuit_lens.hooks import has_hook
 from circuit_lens.protocols import HookedModel
-from circuit_lens.running import model_device, plain_tensors, require_finite, run_and_capture
+from circuit_lens.running import model_device, plain_tensors, require_finite, run_and_capture, token_string
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,12 +128,12 @@ def from_cache(
     dtype, device = compute_dtype(model), model_device(model)
     values: dict[str, Tensor] = {}
     entries: list[Tensor] = []
+    wanted = dict.fromkeys([*names, *extra, "unembed.hook_out"])
     with plain_tensors():
-        for name in [*names, *extra, "unembed.hook_out"]:
-            entry = _entry(model, cache, name)
+        for name, entry in _entries(model, cache, wanted).items():
             if entry is None:
                 if name in names:
-                    raise CacheError(_missing(model, cache, name))
+                    raise CacheError(_missing(cache, name))
                 continue
             entries.append(entry)
             entry = entry if row is None else entry[row]
@@ -148,18 +148,17 @@ def _coarsest(tensors: Iterable[Tensor]) -> torch.dtype:
     return max((t.dtype for t in tensors if t.is_floating_point()), key=lambda dtype: torch.finfo(dtype).eps)
 
 
-def _entry(model: HookedModel, cache: Mapping[str, Tensor], name: str) -> Tensor | None:
-    """Look a hook up under its name, and under the name its hook point has itself (a bridge's aliases)."""
-    hooks = model.hook_dict
-    own = getattr(hooks[name], "name", None) if name in hooks else None
-    keys = set(cache.keys())
-    for candidate in (name, own):
-        if candidate in keys:
-            return cache[candidate]
-    return None
+def _entries(model: HookedModel, cache: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Tensor | None]:
+    """Look hooks up under their names, and under the names their hook points have themselves (a bridge's aliases)."""
+    hooks, keys = model.hook_dict, set(cache.keys())
+    found = {}
+    for name in names:
+        own = getattr(hooks[name], "name", None) if name in hooks else None
+        found[name] = next((cache[candidate] for candidate in (name, own) if candidate in keys), None)
+    return found
 
 
-def _missing(model: HookedModel, cache: Mapping[str, Tensor], name: str) -> str:
+def _missing(cache: Mapping[str, Tensor], name: str) -> str:
     have = list(cache.keys())
     return (
         f"the cache has no {name!r} ({len(have)} entries{nearest(name, have)}); make it with "
@@ -170,9 +169,9 @@ def _missing(model: HookedModel, cache: Mapping[str, Tensor], name: str) -> str:
 def _batch_row(
     model: HookedModel, cache: Mapping[str, Tensor], names: Sequence[str], batch_index: int | None
 ) -> int | None:
-    first = _entry(model, cache, names[0])
+    first = _entries(model, cache, names[:1])[names[0]]
     if first is None:
-        raise CacheError(_missing(model, cache, names[0]))
+        raise CacheError(_missing(cache, names[0]))
     if first.ndim == 2:
         if batch_index is not None:
             raise CacheError("batch_index was given, but the cache has no batch axis; leave it out")
@@ -202,9 +201,17 @@ def _check_tokens(model: HookedModel, tokens: Int[Tensor, "n_pos"], embed: Float
     table = getattr(model, "W_E", None)
     if table is None or table.shape[-1] != embed.shape[-1]:
         return
-    rows = table.detach()[tokens].to(embed)
-    alike = torch.cosine_similarity(rows, embed, dim=-1) > 0.9
+    table = table.detach()
+    alike = torch.cosine_similarity(table[tokens].to(embed), embed, dim=-1) > 0.9
     if not bool(alike.any()):
         raise ConsistencyError(
             "the cache belongs to other tokens: none of its embeddings is that of the given prompt at its position"
         )
+    for pos in (~alike).nonzero()[:, 0].tolist():
+        closeness, token = torch.cosine_similarity(table, embed[pos].to(table), dim=-1).max(0)
+        if closeness > 0.99:
+            mine, its = token_string(model, int(tokens[pos])), token_string(model, int(token))
+            raise ConsistencyError(
+                f"the cache belongs to other tokens: at position {pos} it holds the embedding of {its!r} (id {int(token)}), "
+                f"the given prompt has {mine!r} there; give the tokens that the cache was made on"
+            )
