@@ -56,26 +56,32 @@ class Columns:
         cuts = [0, *(i + 1 for i in falls), self.n_nodes]
         return list(itertools.pairwise(cuts))
 
-    def place(self, rows: Float[Tensor, "n n_columns"], out: Tensor, at: Sequence[int], layer: int) -> None:
-        """Write rows, gathered to nodes, into ``out[at]``; nodes of layers above ``layer`` are zero and are not touched.
+    def place(self, rows: Float[Tensor, "n n_columns"], out: Tensor, at: Sequence[int], layers: Sequence[int]) -> None:
+        """Write rows, gathered to nodes, into ``out[at]``. Nodes of layers above a row's target are zero and not touched.
 
         Not touching them keeps half of a zero matrix that the system hands out lazily from ever being resident.
         """
         if self._plain:
+            member = (self.member[self.n_features :] - self.n_features).to(rows.device)
             points = rows.new_zeros(len(rows), self.n_nodes - self.n_features)
-            points.index_add_(1, (self.member[self.n_features :] - self.n_features).to(rows.device), rows[:, self.n_features :])
+            points.index_add_(1, member, rows[:, self.n_features :])
             features = rows
         else:
             features = self.gather(rows)
             points = features[:, self.n_features :]
-        index = torch.tensor(at, device=out.device)
-        for start, stop in self._ends:
-            stop = start + int(torch.searchsorted(self.layers[start:stop], layer, right=True))
-            middle = min(max(start, self.n_features), stop)
-            if start < middle:
-                out[index, start:middle] = features[:, start:middle].to(out.device)
-            if middle < stop:
-                out[index, middle:stop] = points[:, middle - self.n_features : stop - self.n_features].to(out.device)
+        first = 0
+        for layer, run in itertools.groupby(layers):
+            last = first + len(list(run))
+            index = torch.tensor(at[first:last], device=out.device)
+            for start, end in self._ends:
+                stop = start + int(torch.searchsorted(self.layers[start:end], layer, right=True))
+                middle = min(max(start, self.n_features), stop)
+                if start < middle:
+                    out[index, start:middle] = features[first:last, start:middle].to(out.device)
+                if middle < stop:
+                    shift = slice(middle - self.n_features, stop - self.n_features)
+                    out[index, middle:stop] = points[first:last, shift].to(out.device)
+            first = last
 
 
 def lazy_zeros(shape: tuple[int, int], dtype: torch.dtype) -> Float[Tensor, "n m"]:

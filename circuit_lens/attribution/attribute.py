@@ -106,7 +106,7 @@ class _Builder:
             if columns is None:
                 out[chosen] = block
             else:
-                columns.place(block, out, chosen, int(targets.layer[chosen].max()))
+                columns.place(block, out, chosen, targets.layer[chosen].tolist())
             if self.progress is not None:
                 self.progress(len(chosen))
 

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from circuit_lens.attribution.sources import Stage
-from circuit_lens.attribution.targets import pull_back, stack
+from circuit_lens.attribution.targets import pull_back, pull_back_spread, stack
 from circuit_lens.errors import ConsistencyError, NodeNotFoundError, TargetError, nearest
 from circuit_lens.graph.nodes import Feature, Node, NodeKind
 
@@ -67,10 +67,10 @@ def head_loadings(local: LocalReplacementModel, source: Any, target: Any) -> Hea
     targets = stack(resolved)
     name, vectors = _source(local, source)
     streams = _push(local, vectors)
-    gradients, spread = pull_back(frozen, targets)
-    at = {int(targets.pos[0]): gradients[0]}
-    if spread:
-        at = {p: g for p, g in enumerate(spread[0]) if bool(g.any())}
+    if targets.spread:
+        at = {p: g for p, g in enumerate(pull_back_spread(frozen, targets, 0)) if bool(g.any())}
+    else:
+        at = {int(targets.pos[0]): pull_back(frozen, targets, [0])[0]}
     n_heads = frozen.attention[0].n_heads
     loadings = frozen.tokens.new_zeros(frozen.n_layers, n_heads, frozen.n_pos)
     bypass = 0.0

@@ -152,8 +152,8 @@ class FrozenAttention:
 
     def _fold(self) -> None:
         """Fold gains and centring into the weights and denominators into the pattern, for norms that are frozen."""
-        to_head = einops.rearrange(self.weights.W_O, "head d_head d_model -> d_model (head d_head)")
-        to_resid = einops.rearrange(self.weights.W_V, "kv d_model d_head -> (kv d_head) d_model")
+        to_head = einops.rearrange(self.weights.W_O, "head d_head d_model -> head d_model d_head")
+        to_resid = einops.rearrange(self.weights.W_V, "kv d_model d_head -> kv d_head d_model")
         pattern = self.pattern
         if not self.norm_in.linear:
             to_resid = to_resid * self.norm_in.weights.gain
@@ -163,7 +163,7 @@ class FrozenAttention:
         if self.norm_out is not None and not self.norm_out.linear:
             to_head = self.norm_out.weights.gain[:, None] * to_head
             if self.norm_out.weights.centered:
-                to_head = to_head - to_head.mean(0)
+                to_head = to_head - to_head.mean(1, keepdim=True)
             pattern = pattern / self.norm_out.scale
         self._to_head, self._to_resid, self._pattern = to_head.contiguous(), to_resid.contiguous(), pattern.contiguous()
 
@@ -193,24 +193,33 @@ class FrozenAttention:
         out = self._mix(self.norm_in.constant_output())
         return out if self.norm_out is None else out + self.norm_out.constant_output()
 
-    def adjoint(self, g: Float[Tensor, "n_query n_target d_model"]) -> Float[Tensor, "n_query n_target d_model"]:
+    def adjoint(
+        self, g: Float[Tensor, "n_query n_target d_model"], *, add: bool = False
+    ) -> Float[Tensor, "n_query n_target d_model"]:
         """Pull gradients at the attention output back to the residual stream, with folded maps.
 
-        Causal: a gradient at query positions ``< n_query`` reaches only those positions.
+        Causal: a gradient at query positions ``< n_query`` reaches only those positions. With ``add`` the result is added to
+        ``g`` itself (the bypass around attention), in place.
         """
-        n_query, n_target = g.shape[:2]
-        if self.norm_out is not None and self.norm_out.linear:
-            g = self.norm_out.adjoint_output(g, slice(0, n_query))
-        z = (g.reshape(n_query * n_target, -1) @ self._to_head).view(n_query, n_target, self.n_heads, self.d_head)
-        z = z.permute(2, 0, 1, 3).reshape(self.n_heads, n_query, n_target * self.d_head)
+        n_query, n_target, width = g.shape
+        after = g if self.norm_out is None or not self.norm_out.linear else self._after(g)
+        flat = after.reshape(1, n_query * n_target, width).expand(self.n_heads, -1, -1)
+        z = torch.bmm(flat, self._to_head).view(self.n_heads, n_query, n_target * self.d_head)
         v = torch.bmm(self._pattern[:, :n_query, :n_query].transpose(1, 2), z)
         if self.group > 1:
             v = v.view(-1, self.group, *v.shape[1:]).sum(1)
-        v = v.view(-1, n_query, n_target, self.d_head).permute(1, 2, 0, 3).reshape(n_query * n_target, -1)
-        out = (v @ self._to_resid).view(n_query, n_target, -1)
-        return self.norm_in.adjoint_normalized(out * self.norm_in.weights.gain, slice(0, n_query)) if (
-            self.norm_in.linear
-        ) else out
+        in_place = add and not self.norm_in.linear
+        out = (g if in_place else torch.zeros_like(g)).view(n_query * n_target, width)
+        for head, values in enumerate(v.view(len(v), n_query * n_target, self.d_head)):
+            out.addmm_(values, self._to_resid[head])
+        if not self.norm_in.linear:
+            return out.view(g.shape)
+        out = self.norm_in.adjoint_output(out.view(g.shape), slice(0, n_query))
+        return g.add_(out) if add else out
+
+    def _after(self, g: Float[Tensor, "n_query n_target d_model"]) -> Float[Tensor, "n_query n_target d_model"]:
+        assert self.norm_out is not None
+        return self.norm_out.adjoint_output(g, slice(0, g.shape[0]))
 
     def adjoint_from(self, g: Float[Tensor, "n_target d_model"], pos: int) -> Float[Tensor, "n_query n_target d_model"]:
         """The same for gradients that sit at the single query position ``pos``: ``n_query = pos + 1``.
@@ -219,14 +228,11 @@ class FrozenAttention:
         """
         if self.norm_out is not None and self.norm_out.linear:
             g = self.norm_out.adjoint_output(g, pos)
-        z = (g @ self._to_head).view(-1, self.n_heads, self.d_head)
-        to_resid = self._to_resid.view(-1, self.d_head, self._to_resid.shape[1]).repeat_interleave(self.group, 0)
-        per_head = torch.bmm(z.transpose(0, 1), to_resid)
+        z = torch.matmul(g, self._to_head)
+        per_head = torch.bmm(z, self._to_resid.repeat_interleave(self.group, 0))
         pattern = self._pattern[:, pos, : pos + 1]
         out = (pattern.T @ per_head.flatten(1)).view(pos + 1, *per_head.shape[1:])
-        return self.norm_in.adjoint_normalized(out * self.norm_in.weights.gain, slice(0, pos + 1)) if (
-            self.norm_in.linear
-        ) else out
+        return self.norm_in.adjoint_output(out, slice(0, pos + 1)) if self.norm_in.linear else out
 
     def adjoint_definition(
         self, g: Float[Tensor, "n_query n_target d_model"]
@@ -259,8 +265,7 @@ class FrozenAttention:
         x = self.norm_in.apply_normalized(source)
         W_V = self.weights.W_V.repeat_interleave(self.group, 0)
         v = einops.einsum(x * self.norm_in.weights.gain, W_V, "k d_model, head d_model d_head -> k head d_head")
-        to_head = self._to_head.view(-1, self.n_heads, self.d_head)
-        out = einops.einsum(v, to_head, "k head d_head, d_model head d_head -> k head d_model")
+        out = einops.einsum(v, self._to_head, "k head d_head, head d_model d_head -> k head d_model")
         pattern = self.pattern if self.norm_out is None else self.pattern / self.norm_out.scale
         return einops.einsum(pattern, out, "head q k, k head d_model -> q k d_model")
 

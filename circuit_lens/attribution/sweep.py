@@ -16,10 +16,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from circuit_lens.attribution.frozen import FrozenModel
-from circuit_lens.attribution.sources import PointSource, Sources, Stage
-from circuit_lens.attribution.targets import Targets, pull_back
+from circuit_lens.attribution.linear_maps import FrozenAttention
+from circuit_lens.attribution.sources import Sources, Stage
+from circuit_lens.attribution.targets import Targets, pull_back, pull_back_spread
 
-_MEMORY = 192 * 2**20  # bytes for the gradients of one batch of targets
+_BATCH_BYTES = 2 * 2**20  # gradients of one batch of targets; about what a core's own cache holds, where it is fastest
 _MOVED_LIMIT = 2**26  # entries of the table that replaces the last attention layer
 
 
@@ -32,13 +33,13 @@ def row_blocks(
         frozen: The frozen pass.
         sources: Its sources.
         targets: What to compute rows for; the result does not depend on how they are ordered or batched.
-        batch_size: Targets swept at once; None fits them to about 200 MB.
+        batch_size: Targets swept at once; None fits them to a core's cache, 16 at least.
 
     Yields:
         Which targets, and their rows. Every target comes once.
     """
-    width = 4 * frozen.n_pos * frozen.tokens.shape[1] * frozen.tokens.element_size()
-    batch = batch_size or max(16, _MEMORY // width)
+    width = frozen.n_pos * frozen.tokens.shape[1] * frozen.tokens.element_size()
+    batch = batch_size or max(16, _BATCH_BYTES // width)
     with torch.no_grad():
         sweep = _Sweep(frozen, sources, targets)
     for pos, chosen in _batches(targets, batch):
@@ -66,10 +67,13 @@ class _Sweep:
     """Sweeps batches of targets; what depends on the prompt alone is kept between batches."""
 
     def __init__(self, frozen: FrozenModel, sources: Sources, targets: Targets) -> None:
-        self.frozen, self.sources, self.layers = frozen, sources, targets.layer.tolist()
-        self.gradients, self.spread = pull_back(frozen, targets)
-        self.written = [_mlp_table(sources, layer) for layer in range(frozen.n_layers)]
-        self.embedded = sources.points_at(0, Stage.PRE)
+        self.frozen, self.sources, self.targets, self.layers = frozen, sources, targets, targets.layer.tolist()
+        layers = range(frozen.n_layers)
+        self.pre = [_points(sources, layer, Stage.PRE) for layer in layers]
+        self.mlp = [_points(sources, layer, Stage.MLP) for layer in layers]
+        self.attention = [_points(sources, layer, Stage.ATTENTION) for layer in layers]
+        self.both = [_points(sources, layer, Stage.MLP, Stage.ATTENTION) for layer in layers]
+        self.embedded = self.pre[0]
         self.moved = self._moved()
 
     def _moved(self) -> list[Tensor] | None:
@@ -80,14 +84,14 @@ class _Sweep:
         post_linear = attention.norm_out is not None and attention.norm_out.linear
         if self.frozen.parallel or large or post_linear:
             return None
-        return [attention.moved(p.vectors) for _, p in self.embedded]
+        return [attention.moved(p.vectors) for _, p in self.sources.points_at(0, Stage.PRE)]
 
     def run(self, chosen: Sequence[int], pos: int) -> Float[Tensor, "n n_columns"]:
         """Sweep the chosen targets, all at one position and sorted by descending layer, and return their rows."""
         waiting: dict[int, list[int]] = {}
         for i in chosen:
             waiting.setdefault(self.layers[i], []).append(i)
-        state = _Batch(pos, self.gradients.new_zeros(len(chosen), self.sources.n_columns))
+        state = _Batch(pos, self.frozen.tokens.new_zeros(len(chosen), self.sources.n_columns))
         self._inject(state, waiting.get(self.frozen.n_layers, []))
         for layer in range(min(max(waiting), self.frozen.n_layers - 1), -1, -1):
             self._block(state, layer, waiting.get(layer, []))
@@ -96,65 +100,58 @@ class _Sweep:
     def _inject(self, state: _Batch, joining: list[int]) -> None:
         if not joining:
             return
-        if joining[0] in self.spread:
-            state.join_spread(self.spread[joining[0]][: state.pos + 1, None].clone())
+        if joining[0] in self.targets.spread:
+            spread = pull_back_spread(self.frozen, self.targets, joining[0])
+            state.join_spread(spread[: state.pos + 1, None].clone())
         else:
-            state.join_local(self.gradients[joining])
+            state.join_local(pull_back(self.frozen, self.targets, joining))
 
     def _block(self, state: _Batch, layer: int, joining: list[int]) -> None:
         sources, frozen = self.sources, self.frozen
-        state.score_table(self.written[layer])
         path = sources.paths[layer]
+        # Between MLP and attention only a linear path through the MLP changes gradients that are already spread.
+        together = path is None or frozen.parallel
+        state.score_features(sources, layer)
+        state.score_points(self.both[layer] if together else self.mlp[layer], local=frozen.parallel or not together)
+        if not frozen.parallel and together:
+            state.score_points(self.mlp[layer], spread=False)
         side = None if path is None else state.map(path.adjoint)
         if not frozen.parallel:
             state.add(side)
             self._inject(state, joining)
-        state.score_points(sources.points_at(layer, Stage.ATTENTION))
+            state.score_points(self.attention[layer], spread=not together)
         if layer == 0 and self.moved is not None:
+            assert self.embedded is not None
             state.score_moved(self.embedded, self.moved)
             return
-        state.attend(frozen.attention[layer].adjoint, frozen.attention[layer].adjoint_from)
+        state.attend(frozen.attention[layer])
         if frozen.parallel:
             state.add(side)
             self._inject(state, joining)
-        state.score_points(sources.points_at(layer, Stage.PRE))
+        state.score_points(self.pre[layer])
 
 
 Gradients = tuple[Tensor | None, Tensor | None]
 
 
 @dataclass(frozen=True, eq=False)
-class _AtPosition:
-    """What enters the residual stream at one place and position, stacked, and the columns it belongs to.
+class _Points:
+    """Sources that exist once per position and enter at one place, side by side.
 
-    ``segments``: (first row of ``vectors``, number of rows, first column).
+    Attributes:
+        vectors: ``[n_pos, d_model, n]``.
+        columns: First column of each.
     """
 
-    vectors: Float[Tensor, "n d_model"]
-    segments: list[tuple[int, int, int]]
+    vectors: Float[Tensor, "n_pos d_model n"]
+    columns: list[int]
 
 
-def _mlp_table(sources: Sources, layer: int) -> list[_AtPosition]:
-    """Stack, per position, everything that enters with a layer's MLP output, so that it is one matrix product."""
-    features, points = sources.features_writing(layer), sources.points_at(layer, Stage.MLP)
-    table = []
-    for q in range(sources.n_pos):
-        parts: list[Tensor] = []
-        segments: list[tuple[int, int, int]] = []
-        n = 0
-        for active, vectors in features:
-            at = active.at(q)
-            if at.stop > at.start:
-                parts.append(vectors[at])
-                segments.append((n, at.stop - at.start, active.start + at.start))
-                n += at.stop - at.start
-        for column, point in points:
-            parts.append(point.vectors[q : q + 1])
-            segments.append((n, 1, column + q))
-            n += 1
-        empty = sources.points[0].vectors[:0]
-        table.append(_AtPosition(torch.cat(parts) if parts else empty, segments))
-    return table
+def _points(sources: Sources, layer: int, *stages: Stage) -> _Points | None:
+    listed = [entry for stage in stages for entry in sources.points_at(layer, stage)]
+    if not listed:
+        return None
+    return _Points(torch.stack([p.vectors for _, p in listed], -1), [column for column, _ in listed])
 
 
 class _Batch:
@@ -202,55 +199,51 @@ class _Batch:
             assert self.spread is not None
             self.spread[self.pos, n_spread:] += local
 
-    def attend(self, adjoint: Callable[[Tensor], Tensor], adjoint_from: Callable[[Tensor, int], Tensor]) -> None:
+    def attend(self, attention: FrozenAttention) -> None:
         """Pull all gradients through attention, the bypass included; afterwards none is local."""
-        some = self.local if self.spread is None else self.spread
-        if some is None:
-            return
-        n_local = 0 if self.local is None else len(self.local)
-        new = some.new_empty(self.pos + 1, self.n_spread + n_local, some.shape[-1])
         if self.spread is not None:
-            torch.add(self.spread, adjoint(self.spread), out=new[:, : self.n_spread])
+            attention.adjoint(self.spread, add=True)
         if self.local is not None:
-            new[:, self.n_spread :] = adjoint_from(self.local, self.pos)
-            new[self.pos, self.n_spread :] += self.local
-        self.spread, self.local = new, None
+            new = attention.adjoint_from(self.local, self.pos)
+            new[self.pos] += self.local
+            self.join_spread(new)
+            self.local = None
 
-    def score_table(self, table: list[_AtPosition]) -> None:
-        """Contract with everything that enters with a layer's MLP output."""
-        if self.spread is not None:
-            for q, here in enumerate(table[: self.pos + 1]):
-                values = self.spread[q] @ here.vectors.T
-                for start, n, column in here.segments:
-                    self._put_spread(values[:, start : start + n], column)
-        if self.local is not None:
-            here = table[self.pos]
-            values = self.local @ here.vectors.T
-            for start, n, column in here.segments:
-                self._put_local(values[:, start : start + n], column)
+    def score_features(self, sources: Sources, layer: int) -> None:
+        """Contract with what the features write to a layer's MLP output."""
+        n = self.n_spread
+        for features, vectors in sources.features_writing(layer):
+            for q in range(self.pos + 1):
+                at = features.at(q)
+                if at.stop == at.start:
+                    continue
+                columns = slice(features.start + at.start, features.start + at.stop)
+                if self.spread is not None:
+                    self.out[:n, columns].addmm_(self.spread[q], vectors[at].T)
+                if self.local is not None and q == self.pos:
+                    self.out[n : n + len(self.local), columns].addmm_(self.local, vectors[at].T)
 
-    def score_points(self, points: list[tuple[int, PointSource]]) -> None:
+    def score_points(self, points: _Points | None, *, spread: bool = True, local: bool = True) -> None:
         """Contract with sources that exist once per position."""
-        for column, point in points:
-            if self.spread is not None:
-                values = torch.bmm(self.spread, point.vectors[: self.pos + 1, :, None])[..., 0]
-                self._put_spread(values.T, column)
-            if self.local is not None:
-                self._put_local((self.local @ point.vectors[self.pos])[:, None], column + self.pos)
+        if points is None:
+            return
+        n, n_query = self.n_spread, self.pos + 1
+        if spread and self.spread is not None:
+            values = torch.bmm(self.spread, points.vectors[:n_query])
+            for i, column in enumerate(points.columns):
+                self.out[:n, column : column + n_query] += values[:, :, i].T
+        if local and self.local is not None:
+            values = self.local @ points.vectors[self.pos]
+            for i, column in enumerate(points.columns):
+                self.out[n : n + len(values), column + self.pos] += values[:, i]
 
-    def score_moved(self, points: list[tuple[int, PointSource]], moved: list[Tensor]) -> None:
+    def score_moved(self, points: _Points, moved: list[Tensor]) -> None:
         """Contract with the embeddings through the first attention layer and around it."""
-        n = self.pos + 1
+        n, n_query = self.n_spread, self.pos + 1
         self.score_points(points)
-        for (column, _), table in zip(points, moved, strict=True):
+        for column, table in zip(points.columns, moved, strict=True):
+            columns = slice(column, column + n_query)
             if self.spread is not None:
-                self._put_spread(torch.bmm(self.spread, table[:n, :n].transpose(1, 2)).sum(0), column)
+                self.out[:n, columns] += torch.bmm(self.spread, table[:n_query, :n_query].transpose(1, 2)).sum(0)
             if self.local is not None:
-                self._put_local(self.local @ table[self.pos, :n].T, column)
-
-    def _put_spread(self, values: Float[Tensor, "n_spread m"], column: int) -> None:
-        self.out[: self.n_spread, column : column + values.shape[1]] += values
-
-    def _put_local(self, values: Float[Tensor, "n_local m"], column: int) -> None:
-        start = self.n_spread
-        self.out[start : start + values.shape[0], column : column + values.shape[1]] += values
+                self.out[n : n + len(self.local), columns] += self.local @ table[self.pos, :n_query].T

@@ -48,24 +48,25 @@ class Targets:
         return len(self.hooks)
 
 
-def pull_back(
-    frozen: FrozenModel, targets: Targets
-) -> tuple[Float[Tensor, "n d_model"], dict[int, Float[Tensor, "n_pos d_model"]]]:
-    """Return the targets as gradients at the residual stream their hook reads."""
-    gradients = torch.zeros_like(targets.vectors)
+def pull_back(frozen: FrozenModel, targets: Targets, chosen: Sequence[int]) -> Float[Tensor, "n d_model"]:
+    """Return targets at one position each as gradients at the residual stream their hook reads."""
+    gradients = targets.vectors.new_zeros(len(chosen), frozen.tokens.shape[1])
     groups: dict[tuple[str, int], list[int]] = {}
-    for i, (hook, pos) in enumerate(zip(targets.hooks, targets.pos.tolist(), strict=True)):
-        groups.setdefault((hook, pos), []).append(i)
+    for row, i in enumerate(chosen):
+        groups.setdefault((targets.hooks[i], int(targets.pos[i])), []).append(row)
     for (hook, pos), members in groups.items():
-        vectors = targets.vectors[members]
+        vectors = targets.vectors[[chosen[row] for row in members]]
         if hook == FINAL_HOOK:
             gradients[members] = frozen.ln_final.adjoint_output(vectors, pos)
         else:
-            norm = frozen.ln2[int(targets.layer[members[0]])]
+            norm = frozen.ln2[int(targets.layer[chosen[members[0]]])]
             gradients[members] = read_adjoint(read_kind(hook), norm, vectors, pos)
-    everywhere = slice(0, frozen.n_pos)
-    spread = {i: frozen.ln_final.adjoint_output(v[:, None], everywhere)[:, 0] for i, v in targets.spread.items()}
-    return gradients, spread
+    return gradients
+
+
+def pull_back_spread(frozen: FrozenModel, targets: Targets, i: int) -> Float[Tensor, "n_pos d_model"]:
+    """Return a target at several positions as gradients at the final residual stream."""
+    return frozen.ln_final.adjoint_output(targets.spread[i][:, None], slice(0, frozen.n_pos))[:, 0]
 
 
 @dataclass(frozen=True)
