@@ -141,7 +141,8 @@ class GraphQueries:
         columns = torch.arange(self.nodes.n_sources)
         if source is not None:
             columns = torch.tensor(self._sources(source), dtype=torch.long)
-        block = self.adjacency[rows][:, columns]
+        block = self.adjacency if target is None else self.adjacency[rows]
+        block = block if source is None else block[:, columns]
         size = block.abs().flatten()
         if n is not None and 0 < n < len(size):
             min_weight = max(min_weight, float(size.topk(n).values[-1]))

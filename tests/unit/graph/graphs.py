@@ -58,11 +58,10 @@ def random_graph(
             Section(NodeKind.PATCH, pos=torch.tensor([n_pos - 1]), layer=0, site=3),
         ]  # fmt: skip
     nodes = NodeTable.build(sections, sites=SITES)
-    shape = (nodes.n_rows, nodes.n_sources)
-    edges = torch.randn(shape, generator=generator, dtype=torch.float64)
+    edges = torch.randn(nodes.n_rows, nodes.n_sources, generator=generator, dtype=torch.float64)
     if ties:
         edges = edges.sign()
-    edges *= torch.rand(shape, generator=generator) < density
+    edges *= torch.rand(edges.shape, generator=generator) < density
     rank = torch.full((len(nodes),), -1)
     for number, group in enumerate(nodes.groups):
         rank[group] = number
