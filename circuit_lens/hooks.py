@@ -54,7 +54,7 @@ def hook_point(model: HookedModel, name: str) -> Any:
 def hook_points(model: HookedModel, names: Sequence[str]) -> list[Any]:
     """Return the hook points of the given names.
 
-    One look at ``hook_dict`` for all of them: a TransformerBridge builds it anew at every look, in milliseconds a layer.
+    One look at ``hook_dict`` for all of them: a TransformerBridge builds it anew at every look, milliseconds a layer.
 
     Raises:
         HookError: The model has no such hook point; names the nearest ones.
@@ -95,8 +95,8 @@ def scoped_hooks(model: HookedModel, hooks: Sequence[Hook]) -> Iterator[None]:
     silent = [h.name for h, f in zip(hooks, fired, strict=True) if h.must_fire and not f]
     if silent:
         raise HookError(
-            f"hook point(s) that never fired: {', '.join(silent)}. The model defines them but this forward pass did not "
-            "reach them (a gated hook such as hook_result, or an architecture that bypasses them); use another hook."
+            f"hook point(s) that never fired: {', '.join(silent)}. The model defines them but this forward pass did "
+            "not reach them (a gated hook such as hook_result, or an architecture that bypasses them); use another."
         )
 
 
@@ -189,10 +189,10 @@ def suspended(points: Iterable[Any]) -> Iterator[None]:
 
 
 def present_hooks(model: HookedModel) -> list[str]:
-    """Return the names of the hook points that carry hooks now (the user's), for manifests."""
+    """Return the names of the hook points that carry hooks of the user now, for manifests."""
     seen: dict[int, str] = {}
     for name, point in model.hook_dict.items():
-        if getattr(point, "fwd_hooks", None):
+        if any(not isinstance(handle.user_hook, _Pinned) for handle in getattr(point, "fwd_hooks", ())):
             seen.setdefault(id(point), name)
     return sorted(seen.values())
 
@@ -231,3 +231,168 @@ def hook_registry(model: HookedModel) -> dict[str, Any]:
     if not isinstance(registry, dict):
         raise HookError(f"{type(model).__name__} keeps no hook registry that names can be added to")
     return registry
+
+
+class _Pinned:
+    """A hook that is the last on a module, or the first, whatever else was added: it is placed anew before each call.
+
+    torch looks its list of forward hooks up after the module's own forward, so what a forward pre-hook places counts.
+    On a hook point it is an ordinary permanent hook, since a bridge's norms build no graph where they see no hook.
+    """
+
+    def __init__(self, module: Any, edit: EditFunction, *, last: bool) -> None:
+        self.module, self.edit, self.last = module, edit, last
+        self.handle: Any = None
+
+    def __call__(self, value: Any, hook: Any = None) -> Any:
+        return self.edit(value)
+
+    def place(self) -> None:
+        self.remove()
+        if hasattr(self.module, "add_hook"):
+            self.module.add_hook(self, is_permanent=True, prepend=not self.last)
+            self.handle = self.module.fwd_hooks[-1 if self.last else 0]
+        else:
+            self.handle = self.module.register_forward_hook(self._on_output, prepend=not self.last)
+
+    def _on_output(self, module: Any, args: Any, output: Any) -> Any:
+        return self.edit(output)
+
+    def remove(self) -> None:
+        handle, self.handle = self.handle, None
+        if handle is None:
+            return
+        if hasattr(self.module, "add_hook"):
+            _remove(self.module, handle)
+        else:
+            handle.remove()
+
+
+@contextlib.contextmanager
+def pinned_hook(module: Any, edit: EditFunction, *, last: bool) -> Iterator[Callable[[], None]]:
+    """Attach a hook to a hook point (or any module's output) that runs after, or before, every other hook on it.
+
+    That holds for hooks added later too, and after ``reset_hooks(including_permanent=True)``.
+
+    Args:
+        module: A hook point, or a module that returns one tensor.
+        edit: Function of the activation; a returned tensor replaces it.
+        last: After every other hook, else before every other.
+
+    Yields:
+        A function that puts the hook in its place at once; it is called before every forward of the module anyway.
+    """
+    pinned = _Pinned(module, edit, last=last)
+    handles = []
+    try:
+        handles.append(module.register_forward_pre_hook(lambda module, args: pinned.place()))
+        pinned.place()
+        yield pinned.place
+    finally:
+        for handle in handles:
+            handle.remove()
+        pinned.remove()
+
+
+@contextlib.contextmanager
+def around_forward(
+    module: Any,
+    *,
+    before: Callable[[tuple[Any, ...]], None] | None = None,
+    after: Callable[[], None] | None = None,
+) -> Iterator[None]:
+    """Call ``before(positional arguments)`` and ``after()`` around every forward of a module, which they cannot change.
+
+    ``after`` is not called when the forward raises.
+    """
+    handles = []
+    try:
+        if before is not None:
+            handles.append(module.register_forward_pre_hook(lambda module, args: before(args)))
+        if after is not None:
+            handles.append(module.register_forward_hook(lambda module, args, output: after()))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@dataclass(frozen=True)
+class NewPoint:
+    """A hook point to add: ``<name>.<kind>``, a submodule of ``owner``, the hook point or module called ``name``."""
+
+    owner: Any
+    name: str
+    kind: str
+
+    @property
+    def full_name(self) -> str:
+        """Name of the new hook point."""
+        return f"{self.name}.{self.kind}"
+
+
+@contextlib.contextmanager
+def added_hook_points(model: HookedModel, wanted: Iterable[NewPoint]) -> Iterator[dict[str, Any]]:
+    """Give a model more hook points for a ``with`` block; the caller calls them.
+
+    They are in the model's own tables of names, so that caches, ``hook_dict``, ``add_hook``, ``hooks`` and
+    ``run_with_hooks`` treat them like any other. Where the owner has several names, its new point has one per name. At
+    the end they vanish with every hook on them.
+
+    Yields:
+        The new hook points by name.
+
+    Raises:
+        HookError: The model has such a hook point already (before anything is added).
+    """
+    from transformer_lens.hook_points import HookPoint
+
+    wanted, present = list(wanted), dict(model.hook_dict)
+    aliases: dict[int, list[str]] = {}
+    for alias, point in present.items():
+        aliases.setdefault(id(point), []).append(alias)
+    taken = [new.full_name for new in wanted if new.full_name in present or new.kind in new.owner._modules]
+    if taken:
+        raise HookError(f"the model has hook point(s) already that are to be added: {', '.join(taken)}")
+    points, names = {}, {}
+    for new in wanted:
+        points[new.full_name] = point = HookPoint()
+        point.name = new.full_name
+        names |= {f"{alias}.{new.kind}": point for alias in (new.name, *aliases.get(id(new.owner), ()))}
+    try:
+        for new in wanted:
+            new.owner.add_module(new.kind, points[new.full_name])
+        for table in _name_tables(model):
+            table.update(names)
+        yield points
+    finally:
+        for table in _name_tables(model):
+            for name in [name for name in names if table.get(name) is names[name]]:
+                del table[name]
+        for new in wanted:
+            if new.owner._modules.get(new.kind) is points[new.full_name]:
+                delattr(new.owner, new.kind)
+
+
+def _name_tables(model: HookedModel) -> Iterator[dict[str, Any]]:
+    yield hook_registry(model)
+    modules = vars(model).get("mod_dict")  # add_hook of a HookedTransformer looks names up here
+    if isinstance(modules, dict):
+        yield modules
+
+
+@contextlib.contextmanager
+def clamped(values: Mapping[Any, Tensor]) -> Iterator[None]:
+    """Hold hook points at given values for a ``with`` block, for probing a module whose hooks are ``suspended``."""
+
+    def hold(value: Tensor) -> Callable[..., Tensor]:
+        return lambda module, args, output: value.to(output)
+
+    handles = []
+    try:
+        for point, value in values.items():
+            handles.append(point.register_forward_hook(hold(value)))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Literal
 
 from torch import Tensor
@@ -10,6 +11,7 @@ from torch import Tensor
 from circuit_lens.attribution.linear_maps import ModelWeights, read_weights
 from circuit_lens.attribution.replacement import Engine, LocalReplacementModel, Settings
 from circuit_lens.attribution.values import compute_dtype, from_cache, from_prompt, needed_names
+from circuit_lens.dictionaries.attach import Cache, attached, feature_acts
 from circuit_lens.dictionaries.binding import Binding, bind
 from circuit_lens.dictionaries.points import Read, read_kind
 from circuit_lens.graph.graph import AttributionGraph
@@ -156,6 +158,32 @@ class ReplacementModel:
         return local.attribute(
             targets, max_features=max_features, rerank_every=rerank_every, batch_size=batch_size, progress=progress
         )
+
+    def attached(self, *, error: bool = True) -> AbstractContextManager[Any]:
+        """Put the dictionaries on the model's hook points for a ``with`` block.
+
+        Inside it, ``blocks.1.hook_mlp_out.pre_acts``, ``.features`` and ``.error`` are ordinary hook points of the model: in
+        caches, and for ``run_with_hooks``, ``hooks``, ``add_hook`` and TransformerLens' ``patching``. See
+        :func:`circuit_lens.dictionaries.attach.attached`.
+
+        Args:
+            error: Add what the dictionaries miss, so that the model's output stays. False: the reconstruction replaces the
+                output, and the error points hold zeros.
+
+        Raises:
+            HookError: Dictionaries are attached to the model already, or (in a forward pass) a hook did not fire.
+        """
+        return attached(self.binding, error=error)
+
+    def feature_acts(self, cache: Cache) -> dict[str, Tensor]:
+        """Return feature activations ``[batch, pos, d_sae]`` by site, from a cache made with or without :meth:`attached`.
+
+        A cache that holds ``names_filter()`` is enough. See :func:`circuit_lens.dictionaries.attach.feature_acts`.
+
+        Raises:
+            CacheError: An entry that a dictionary needs is missing; names it.
+        """
+        return feature_acts(self.binding, cache)
 
     def _weights(self) -> ModelWeights:
         # Read anew for every prompt: the user may have edited the model's weights in between.
