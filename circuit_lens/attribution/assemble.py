@@ -72,25 +72,38 @@ class Columns:
         first = 0
         for layer, run in itertools.groupby(layers):
             last = first + len(list(run))
-            index = torch.tensor(at[first:last], device=out.device)
+            rows_here = _as_slice(at[first:last])
             for start, end in self._ends:
                 stop = start + int(torch.searchsorted(self.layers[start:end], layer, right=True))
                 middle = min(max(start, self.n_features), stop)
                 if start < middle:
-                    out[index, start:middle] = features[first:last, start:middle].to(out.device)
+                    out[rows_here, start:middle] = features[first:last, start:middle].to(out.device)
                 if middle < stop:
                     shift = slice(middle - self.n_features, stop - self.n_features)
-                    out[index, middle:stop] = points[first:last, shift].to(out.device)
+                    out[rows_here, middle:stop] = points[first:last, shift].to(out.device)
             first = last
 
 
+def _as_slice(indices: Sequence[int]) -> slice | Tensor:
+    """Return ascending neighbours as a slice, which is written in place of being scattered; others as they are."""
+    start = indices[0]
+    if list(indices) == list(range(start, start + len(indices))):
+        return slice(start, start + len(indices))
+    return torch.tensor(indices)
+
+
 def lazy_zeros(shape: tuple[int, int], dtype: torch.dtype) -> Float[Tensor, "n m"]:
-    """Return a zero matrix in main memory whose pages become resident when they are written, not before."""
+    """Return a zero matrix in main memory, column by column, whose pages become resident when they are written.
+
+    A source only reaches targets of later layers, which are the later rows: the zero head of each column is never written,
+    so that a graph takes about half of its full matrix.
+    """
+    shape = shape[1], shape[0]
     size = shape[0] * shape[1] * torch.empty(0, dtype=dtype).element_size()
     if size == 0 or not hasattr(mmap, "MAP_PRIVATE"):
-        return torch.zeros(shape, dtype=dtype)
+        return torch.zeros(shape, dtype=dtype).T
     pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    return torch.frombuffer(pages, dtype=dtype).view(shape)
+    return torch.frombuffer(pages, dtype=dtype).view(shape).T
 
 
 @dataclass(frozen=True)

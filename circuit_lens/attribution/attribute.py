@@ -21,6 +21,7 @@ from circuit_lens.graph.records import TopLogits
 from circuit_lens.running import token_string
 
 _RERANK_EVERY = 256
+_PART = 1024  # features whose encoder rows are held at once
 # Largest difference of a fast row from the reference, relative to the row's largest entry, per dtype of the model. A bridge
 # computes some norms in float32 even in a float64 model, hence the first.
 AGREEMENT = {torch.float64: 5e-6, torch.float32: 1e-4, torch.float16: 5e-2, torch.bfloat16: 0.2}
@@ -100,13 +101,14 @@ class _Builder:
         self.logit_rows = local.frozen.tokens.new_zeros(len(self.resolved), local.sources.n_columns)
         self._fill(self.logits, self.logit_rows, None)
 
-    def _fill(self, targets: Targets, out: Tensor, columns: Columns | None) -> None:
-        """Write rows into ``out``, gathered to nodes where ``columns`` are given."""
+    def _fill(self, targets: Targets, out: Tensor, columns: Columns | None, at: Tensor | None = None) -> None:
+        """Write rows into ``out`` (at the given rows), gathered to nodes where ``columns`` are given."""
         for chosen, block in self.local.row_blocks(targets, batch_size=self.batch_size):
+            rows = chosen if at is None else at[chosen].tolist()
             if columns is None:
-                out[chosen] = block
+                out[rows] = block
             else:
-                columns.place(block, out, chosen, targets.layer[chosen].tolist())
+                columns.place(block, out, rows, targets.layer[chosen].tolist())
             if self.progress is not None:
                 self.progress(len(chosen))
 
@@ -127,7 +129,11 @@ class _Builder:
     def _compute_chosen(self) -> None:
         """Compute the rows of the chosen features, in the order of their columns."""
         columns, adjacency = self.layout = self._lay_out()
-        self._fill(self.local.feature_targets(self.chosen.tolist()), adjacency, columns)
+        # By position, as rows are swept, and in parts: the encoder rows of all targets at once would be a matrix of their own.
+        order = torch.argsort(self.local.feature_positions()[self.chosen], stable=True)
+        for part in order.split(_PART):
+            part = part.sort().values
+            self._fill(self.local.feature_targets(self.chosen[part].tolist()), adjacency, columns, part)
 
     def choose(self, total: int, rerank_every: int) -> None:
         """Compute the rows of ``total`` features, the most influential first."""

@@ -12,13 +12,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from circuit_lens.attribution import sweep
 from circuit_lens.attribution.assemble import Columns, lay_out, table
 from circuit_lens.attribution.autograd import FrozenHooks, attention_constants, check_linearity, rows_by_autograd
 from circuit_lens.attribution.frozen import FrozenModel, freeze
 from circuit_lens.attribution.linear_maps import MapsUnavailableError, ModelWeights
 from circuit_lens.attribution.mlp_paths import read_constant, read_value
 from circuit_lens.attribution.sources import ActiveFeatures, Sources, collect
+from circuit_lens.attribution.sweep import Sweep
 from circuit_lens.attribution.targets import Resolved, Resolver, Targets, stack
 from circuit_lens.attribution.values import RunValues
 from circuit_lens.dictionaries.binding import Binding
@@ -296,6 +296,10 @@ class LocalReplacementModel:
         f = next(f for f in self.sources.features if f.start <= column < f.start + len(f))
         return f, column - f.start
 
+    def feature_positions(self) -> Int[Tensor, "n_active"]:
+        """Return the position of each active feature, by column."""
+        return torch.cat([f.pos.cpu() for f in self.sources.features] or [torch.zeros(0, dtype=torch.long)])
+
     # Rows
 
     def feature_targets(self, columns: Sequence[int]) -> Targets:
@@ -331,14 +335,20 @@ class LocalReplacementModel:
         """
         values, biases = [], []
         for f in self.sources.features:
-            rows = f.dictionary.encoder_rows(f.index, self.frozen.tokens.dtype)
             own = f.dictionary.encoder_bias(f.index, self.frozen.tokens.dtype)
             values.append(f.pre_act)
-            biases.append(own + (rows * f.read_constant[f.pos]).sum(-1))
+            if bool(f.read_constant.any()):
+                rows = f.dictionary.encoder_rows(f.index, self.frozen.tokens.dtype)
+                own = own + (rows * f.read_constant[f.pos]).sum(-1)
+            biases.append(own)
         wanted = torch.as_tensor(list(columns), dtype=torch.long, device=self.frozen.tokens.device)
         if not len(wanted):
             return self.frozen.tokens.new_zeros(0), self.frozen.tokens.new_zeros(0)
         return torch.cat(values)[wanted], torch.cat(biases)[wanted]
+
+    @cached_property
+    def _sweep(self) -> Sweep:
+        return Sweep(self.frozen, self.sources)
 
     def row_blocks(
         self, targets: Targets, *, batch_size: int | None = None, engine: str | None = None
@@ -347,7 +357,7 @@ class LocalReplacementModel:
         if not len(targets):
             return
         if (engine or self.engine) == "fast":
-            yield from sweep.row_blocks(self.frozen, self.sources, targets, batch_size=batch_size)
+            yield from self._sweep.row_blocks(targets, batch_size=batch_size)
         else:
             yield from rows_by_autograd(self._hooks(), targets, batch_size=batch_size)
 

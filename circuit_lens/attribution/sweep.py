@@ -24,30 +24,6 @@ _BATCH_BYTES = 2 * 2**20  # gradients of one batch of targets; about what a core
 _MOVED_LIMIT = 2**26  # entries of the table that replaces the last attention layer
 
 
-def row_blocks(
-    frozen: FrozenModel, sources: Sources, targets: Targets, *, batch_size: int | None = None
-) -> Iterator[tuple[list[int], Float[Tensor, "n_block n_columns"]]]:
-    """Yield the rows of the given targets over all columns of the sources, block by block.
-
-    Args:
-        frozen: The frozen pass.
-        sources: Its sources.
-        targets: What to compute rows for; the result does not depend on how they are ordered or batched.
-        batch_size: Targets swept at once; None fits them to a core's cache, 16 at least.
-
-    Yields:
-        Which targets, and their rows. Every target comes once.
-    """
-    width = frozen.n_pos * frozen.tokens.shape[1] * frozen.tokens.element_size()
-    batch = batch_size or max(16, _BATCH_BYTES // width)
-    with torch.no_grad():
-        sweep = _Sweep(frozen, sources, targets)
-    for pos, chosen in _batches(targets, batch):
-        with torch.no_grad():
-            block = sweep.run(chosen, pos)
-        yield chosen, block
-
-
 def _batches(targets: Targets, batch: int) -> Iterator[tuple[int, list[int]]]:
     """Yield batches of targets at one position, the highest layers first; targets at several positions one by one."""
     by_pos: dict[int, list[int]] = {}
@@ -63,11 +39,16 @@ def _batches(targets: Targets, batch: int) -> Iterator[tuple[int, list[int]]]:
             yield p, by_pos[p][start : start + batch]
 
 
-class _Sweep:
-    """Sweeps batches of targets; what depends on the prompt alone is kept between batches."""
+class Sweep:
+    """Computes rows of one prompt's graph; what depends on the prompt alone is kept between calls.
 
-    def __init__(self, frozen: FrozenModel, sources: Sources, targets: Targets) -> None:
-        self.frozen, self.sources, self.targets, self.layers = frozen, sources, targets, targets.layer.tolist()
+    Args:
+        frozen: The frozen pass.
+        sources: Its sources.
+    """
+
+    def __init__(self, frozen: FrozenModel, sources: Sources) -> None:
+        self.frozen, self.sources = frozen, sources
         layers = range(frozen.n_layers)
         self.pre = [_points(sources, layer, Stage.PRE) for layer in layers]
         self.mlp = [_points(sources, layer, Stage.MLP) for layer in layers]
@@ -75,6 +56,24 @@ class _Sweep:
         self.both = [_points(sources, layer, Stage.MLP, Stage.ATTENTION) for layer in layers]
         self.embedded = self.pre[0]
         self.moved = self._moved()
+
+    def row_blocks(
+        self, targets: Targets, *, batch_size: int | None = None
+    ) -> Iterator[tuple[list[int], Float[Tensor, "n_block n_columns"]]]:
+        """Yield the rows of the given targets over all columns of the sources, block by block.
+
+        Args:
+            targets: What to compute rows for; the result does not depend on how they are ordered or batched.
+            batch_size: Targets swept at once; None fits them to a core's cache, 16 at least.
+
+        Yields:
+            Which targets, highest layer first, and their rows. Every target comes once.
+        """
+        width = self.frozen.n_pos * self.frozen.tokens.shape[1] * self.frozen.tokens.element_size()
+        for pos, chosen in _batches(targets, batch_size or max(16, _BATCH_BYTES // width)):
+            with torch.no_grad():
+                block = self._run(targets, chosen, pos)
+            yield chosen, block
 
     def _moved(self) -> list[Tensor] | None:
         """What the first attention layer moves of each embedding, so that it need not be applied to gradients."""
@@ -86,27 +85,27 @@ class _Sweep:
             return None
         return [attention.moved(p.vectors) for _, p in self.sources.points_at(0, Stage.PRE)]
 
-    def run(self, chosen: Sequence[int], pos: int) -> Float[Tensor, "n n_columns"]:
+    def _run(self, targets: Targets, chosen: list[int], pos: int) -> Float[Tensor, "n n_columns"]:
         """Sweep the chosen targets, all at one position and sorted by descending layer, and return their rows."""
         waiting: dict[int, list[int]] = {}
         for i in chosen:
-            waiting.setdefault(self.layers[i], []).append(i)
+            waiting.setdefault(int(targets.layer[i]), []).append(i)
         state = _Batch(pos, self.frozen.tokens.new_zeros(len(chosen), self.sources.n_columns))
-        self._inject(state, waiting.get(self.frozen.n_layers, []))
+        self._inject(state, targets, waiting.get(self.frozen.n_layers, []))
         for layer in range(min(max(waiting), self.frozen.n_layers - 1), -1, -1):
-            self._block(state, layer, waiting.get(layer, []))
+            self._block(state, layer, targets, waiting.get(layer, []))
         return state.out
 
-    def _inject(self, state: _Batch, joining: list[int]) -> None:
+    def _inject(self, state: _Batch, targets: Targets, joining: list[int]) -> None:
         if not joining:
             return
-        if joining[0] in self.targets.spread:
-            spread = pull_back_spread(self.frozen, self.targets, joining[0])
+        if joining[0] in targets.spread:
+            spread = pull_back_spread(self.frozen, targets, joining[0])
             state.join_spread(spread[: state.pos + 1, None].clone())
         else:
-            state.join_local(pull_back(self.frozen, self.targets, joining))
+            state.join_local(pull_back(self.frozen, targets, joining))
 
-    def _block(self, state: _Batch, layer: int, joining: list[int]) -> None:
+    def _block(self, state: _Batch, layer: int, targets: Targets, joining: list[int]) -> None:
         sources, frozen = self.sources, self.frozen
         path = sources.paths[layer]
         # Between MLP and attention only a linear path through the MLP changes gradients that are already spread.
@@ -118,7 +117,7 @@ class _Sweep:
         side = None if path is None else state.map(path.adjoint)
         if not frozen.parallel:
             state.add(side)
-            self._inject(state, joining)
+            self._inject(state, targets, joining)
             state.score_points(self.attention[layer], spread=not together)
         if layer == 0 and self.moved is not None:
             assert self.embedded is not None
@@ -127,7 +126,7 @@ class _Sweep:
         state.attend(frozen.attention[layer])
         if frozen.parallel:
             state.add(side)
-            self._inject(state, joining)
+            self._inject(state, targets, joining)
         state.score_points(self.pre[layer])
 
 
