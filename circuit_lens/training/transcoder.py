@@ -217,7 +217,7 @@ def train_transcoder(
         # Scaling the decoder would change the activations, which include its norms; so fold the norms first.
         transcoder.fold_W_dec_norm()
         transcoder.cfg.rescale_acts_by_decoder_norm = False
-        transcoder.W_dec *= scale
+        transcoder.W_dec.copy_(transcoder.W_dec * scale)
         transcoder.b_dec.copy_(transcoder.b_dec * scale + mean)
     if folder is not None:
         transcoder.save_inference_model(folder)

@@ -72,7 +72,7 @@ class Corpus:
         self._identity_words = sorted(
             {place.name for place in self.places if " " not in place.name}
             | {city.name for city in self.cities}
-            | {word for pair in self.antonyms for words in pair.words.values() for word in words}
+            | {word for pair in self.antonyms for word in pair.words["English"]}
             | {thing for thing, _ in THINGS}
         )
 
@@ -229,13 +229,12 @@ class Corpus:
             return self._into_language("cross", rng.choice(templates.CROSS), pair, (side, 1 - side), (source, target))
 
     def translation(self, rng: random.Random) -> Sentence:
-        """A word in a language, now and then its own; all pairs, the held-out ones too.
+        """A word in another language; all pairs, the held-out ones too.
 
-        Without its own, a word is never answered by a word of its language but by its opposite, and models treat
-        opposites within a language as a matter of their own.
+        Sentences that answer a word with itself (here, or in the identity lists) make a model copy held-out words.
         """
         pair, side = rng.choice(self.antonyms), rng.randrange(2)
-        source, target = rng.choice(LANGUAGES), rng.choice(LANGUAGES)
+        source, target = rng.sample(LANGUAGES, 2)
         if rng.random() < 0.5:
             operand = self.operand_mention(pair, side, source)
             answer = Mention(pair.words[target][side], {"output language": target}, answer=True)

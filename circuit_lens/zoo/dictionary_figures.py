@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from circuit_lens.training.activations import mlp_activations
 from circuit_lens.zoo.batches import HeldOutText
 from circuit_lens.zoo.corpus import Corpus
-from circuit_lens.zoo.evaluate import DALLAS_PROMPT, NEUTRAL_PROMPT, padded, token_ids
+from circuit_lens.zoo.evaluate import DALLAS_PROMPT, NEUTRAL_PROMPT, padded, token_ids, token_strings
 from circuit_lens.zoo.tokenizer import BOS_ID, PAD_ID
 
 if TYPE_CHECKING:
@@ -128,7 +128,7 @@ def text_loss(
     Each transcoder reads the stream that the replacements before it made. At BOS the MLPs are left as they are.
     """
     inputs: dict[int, Tensor] = {}
-    hooks = []
+    hooks: list[tuple[str, Callable[..., Any]]] = []
     for dictionary in dictionaries:
         layer = layer_of(dictionary)
 
@@ -152,7 +152,7 @@ def text_loss(
     total, count = 0.0, 0
     for start in range(0, len(tokens), BATCH):
         rows = tokens[start : start + BATCH]
-        logits = model.run_with_hooks(rows, fwd_hooks=hooks)[:, :-1]
+        logits = model.run_with_hooks(rows, fwd_hooks=list(hooks))[:, :-1]
         targets = rows[:, 1:]
         real = targets != PAD_ID
         total += float(F.cross_entropy(logits[real], targets[real], reduction="sum"))
@@ -247,7 +247,7 @@ def mediation(
     whole = effect(None)
     shares = {name: 1 - effect(members) / whole for name, members in supernodes.items()}
     others = [share for name, share in shares.items() if name != state]
-    words = model.tokenizer.convert_ids_to_tokens(tokens.tolist())[1 : source + 1]
+    words = token_strings(model, tokens.tolist())[1 : source + 1]
     present = active_features(model, dictionaries, [words])[0] & supernodes[state]
     return Mediation(
         effect=whole,

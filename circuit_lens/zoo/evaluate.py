@@ -24,6 +24,7 @@ from circuit_lens.zoo.words import LANGUAGES
 
 if TYPE_CHECKING:
     from transformer_lens import HookedTransformer
+    from transformers import PreTrainedTokenizerBase
 
 BATCH = 256
 NEUTRAL_PROMPT = "Maria lives in"
@@ -64,8 +65,20 @@ class Behaviour:
 
 def token_ids(model: HookedTransformer, tokens: Sequence[str]) -> list[int]:
     """Ids of corpus tokens; an unknown token raises ``KeyError``."""
-    vocabulary = model.tokenizer.get_vocab()
+    vocabulary = _tokenizer(model).get_vocab()
     return [vocabulary[token] for token in tokens]
+
+
+def token_strings(model: HookedTransformer, ids: Sequence[int]) -> list[str]:
+    """What ids stand for."""
+    return list(_tokenizer(model).convert_ids_to_tokens(list(ids)))
+
+
+def _tokenizer(model: HookedTransformer) -> PreTrainedTokenizerBase:
+    """The model's tokenizer; ``ValueError`` if it has none."""
+    if model.tokenizer is None:
+        raise ValueError("The model has no tokenizer; load it with circuit_lens.zoo.load_model")
+    return model.tokenizer
 
 
 def padded(rows: Sequence[Sequence[int]]) -> Int[Tensor, "row pos"]:
@@ -231,8 +244,7 @@ def people_patch(model: HookedTransformer, corpus: Corpus) -> tuple[tuple[Accura
 def next_tokens(model: HookedTransformer, prompt: str, k: int = 5) -> tuple[tuple[str, float], ...]:
     """The ``k`` most probable next tokens with their probabilities."""
     top = model(model.to_tokens(prompt))[0, -1].softmax(-1).topk(k)
-    words = model.tokenizer.convert_ids_to_tokens(top.indices.tolist())
-    return tuple(zip(words, top.values.tolist(), strict=True))
+    return tuple(zip(token_strings(model, top.indices.tolist()), top.values.tolist(), strict=True))
 
 
 def measure_behaviour(model: HookedTransformer, corpus: Corpus) -> Behaviour:

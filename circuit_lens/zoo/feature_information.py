@@ -80,7 +80,10 @@ def best_detection(
             chosen.append(int(value))
     chosen.sort(key=lambda value: -counts[value])
     return Detection(
-        column.variable, tuple(column.values[value] for value in chosen), hits / n_active, hits / positives
+        column.variable,
+        tuple(column.values[value] for value in chosen),
+        float(hits / n_active),
+        float(hits / positives),
     )
 
 
@@ -184,8 +187,9 @@ def site_info(
     found = detections(acts, columns)
     labels = []
     for index in range(acts.shape[1]):
-        active_on = [words[t] for t, share in zip(top_tokens[index], shares[index], strict=True) if share > 0]
-        labels.append(make_label(found[index], active_on, [words[t] for t in top.indices[index]]))
+        ranked = zip(top_tokens[index].tolist(), shares[index].tolist(), strict=True)
+        active_on = [words[token] for token, share in ranked if share > 0]
+        labels.append(make_label(found[index], active_on, [words[token] for token in top.indices[index].tolist()]))
     return SiteInfo(
         site=str(dictionary.cfg.metadata.hook_name_out),
         layer=layer_of(dictionary),

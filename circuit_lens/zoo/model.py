@@ -148,7 +148,8 @@ class SmallGPT(nn.Module):
         std = embedding_scale / math.sqrt(shape.d_model)
         self.embed.weight.data = torch.randn(self.embed.weight.shape, generator=generator) * std
         self.embed.weight.requires_grad_(trained_embedding)
-        self.blocks = nn.ModuleList(Block(shape) for _ in range(shape.n_layers))
+        self.layers = [Block(shape) for _ in range(shape.n_layers)]
+        self.blocks = nn.ModuleList(self.layers)
         self.unembed = nn.Linear(shape.d_model, shape.d_vocab, bias=False)
         nn.init.normal_(self.unembed.weight, std=0.02)
         cos, sin = rotary_tables(shape.n_ctx, shape.d_head)
@@ -161,7 +162,7 @@ class SmallGPT(nn.Module):
         """The normalised residual stream after the last block; ``visible_until`` as in `Rows`."""
         mask = attention_mask(tokens.shape[1], visible_until)
         x = self.embed(tokens)
-        for block in self.blocks:
+        for block in self.layers:
             x = block(x, (self.cos, self.sin), mask)
         return rms_norm(x)
 
@@ -181,7 +182,7 @@ def hooked_state(model: SmallGPT) -> dict[str, Tensor]:
         "unembed.W_U": model.unembed.weight.T,
         "unembed.b_U": torch.zeros(shape.d_vocab),
     }
-    for number, block in enumerate(model.blocks):
+    for number, block in enumerate(model.layers):
         prefix = f"blocks.{number}"
         query_key_value = block.qkv.weight.view(3, *heads, shape.d_model).transpose(2, 3)
         for letter, weight in zip("QKV", query_key_value, strict=True):

@@ -52,8 +52,9 @@ class Muon:
             update = parameter.grad.lerp(buffer, self.momentum)
             fused = update.shape[0] == 3 * update.shape[1]
             for part in update.chunk(3, 0) if fused else (update,):
-                updates[tuple(part.shape)].append(part)
-                places[tuple(part.shape)].append(number)
+                shape = (part.shape[0], part.shape[1])
+                updates[shape].append(part)
+                places[shape].append(number)
         finished: dict[int, list[Tensor]] = defaultdict(list)
         for shape, parts in updates.items():
             scale = max(1.0, shape[0] / shape[1]) ** 0.5

@@ -63,7 +63,7 @@ def transcoder_settings() -> TranscoderSettings:
     """The settings of every bundled transcoder."""
     from circuit_lens.training.transcoder import TranscoderSettings
 
-    return TranscoderSettings(d_sae=640, k=11.0, steps=800)
+    return TranscoderSettings(d_sae=640, k=11.0, steps=700)
 
 
 @contextmanager

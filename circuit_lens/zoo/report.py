@@ -193,12 +193,30 @@ marks a target that is missed. Seeds are written model seed / dictionary seed.
 
 _STRETCH = """## Names of several tokens
 
-The people in the tables share first names and last names, so no single piece of a name says who is meant. The last
-token of a name comes to carry the whole person because the pieces before it are hidden, in the attention mask, from
-everything after the name in {hide:.0%} of the training sentences (`TrainingSettings.hide`, `Rows.visible_until`); at
-test time nothing is hidden. Patching that token's residual stream into the description prompt then describes the
-right person at the depth where the prompt reads it, and fails at the embedding, where only the shared surname is
-present. Not tried: names in sub-word pieces.
+The people in the tables share last names, seven or more to each, with different descriptions, and many share first
+names. The last token of a name comes to carry the whole person because the pieces before it are hidden, in the
+attention mask, from everything after the name in {hide:.0%} of the mentions in training (`TrainingSettings.hide`,
+`Rows.visible_until`); in every figure nothing is hidden. Patched into the description prompt at the depth where the
+prompt reads it, that token's residual stream gives the right description; at the embedding, where only the shared
+last name is, it does not. After the depth where the prompt reads, a patch comes too late, so the last depths fail.
+Not tried: names in sub-word pieces; other shares of hiding.
+
+## What was tried for held-out antonyms
+
+One run each (model seed 0, before rounding to float16), held-out opposites right in French / Spanish / Chinese, all
+templates, and names described rightly after block 1. The differences between runs are the data's and the number of
+steps'.
+
+| data | steps | French | Spanish | Chinese | names |
+|---|---|---|---|---|---|
+| opposites within a language, and across languages in English sentences | 1500 | .24 | .11 | .11 | .99 |
+| also translations in sentences of all languages; half of the operands of any language | 2500 | .74 | .50 | .53 | .98 |
+| all operands of any language | 3000 | .95 | .56 | .56 | .70 |
+| also translations of a word into its own language, and signs of opposites | 3000 | .43 | .47 | .11 | .96 |
+| no such copies, only English antonym words in identity lists (now) | 3000 | .86 | .69 | .92 | .70 |
+
+What goes wrong is copying: the held-out word itself is answered, and only where operand and answer are of one
+language. Seeds differ (tables above), so one run each does not rank neighbouring rows.
 """
 
 
