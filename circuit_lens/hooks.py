@@ -192,7 +192,7 @@ def present_hooks(model: HookedModel) -> list[str]:
     """Return the names of the hook points that carry hooks of the user now, for manifests."""
     seen: dict[int, str] = {}
     for name, point in model.hook_dict.items():
-        if any(not isinstance(handle.user_hook, _Pinned) for handle in getattr(point, "fwd_hooks", ())):
+        if any(not isinstance(handle.user_hook, Pinned) for handle in getattr(point, "fwd_hooks", ())):
             seen.setdefault(id(point), name)
     return sorted(seen.values())
 
@@ -233,7 +233,7 @@ def hook_registry(model: HookedModel) -> dict[str, Any]:
     return registry
 
 
-class _Pinned:
+class Pinned:
     """A hook that is the last on a module, or the first, whatever else was added: it is placed anew before each call.
 
     torch looks its list of forward hooks up after the module's own forward, so what a forward pre-hook places counts.
@@ -243,54 +243,56 @@ class _Pinned:
     def __init__(self, module: Any, edit: EditFunction, *, last: bool) -> None:
         self.module, self.edit, self.last = module, edit, last
         self.handle: Any = None
+        self.before = module.register_forward_pre_hook(lambda module, args: self.place())
 
     def __call__(self, value: Any, hook: Any = None) -> Any:
+        """Run as a hook of TransformerLens."""
         return self.edit(value)
 
+    @property
+    def silenced(self) -> bool:
+        """Whether the module's hooks are :func:`suspended` now."""
+        return self.before.id not in self.module._forward_pre_hooks
+
     def place(self) -> None:
-        self.remove()
+        """Put the hook in its place; what is silenced stays so."""
+        if self.silenced:
+            return
+        self._take_away()
         if hasattr(self.module, "add_hook"):
             self.module.add_hook(self, is_permanent=True, prepend=not self.last)
             self.handle = self.module.fwd_hooks[-1 if self.last else 0]
         else:
             self.handle = self.module.register_forward_hook(self._on_output, prepend=not self.last)
 
+    def remove(self) -> None:
+        """Take the hook off the module for good."""
+        self.before.remove()
+        self._take_away()
+
     def _on_output(self, module: Any, args: Any, output: Any) -> Any:
         return self.edit(output)
 
-    def remove(self) -> None:
+    def _take_away(self) -> None:
         handle, self.handle = self.handle, None
-        if handle is None:
-            return
-        if hasattr(self.module, "add_hook"):
+        if handle is not None and hasattr(self.module, "add_hook"):
             _remove(self.module, handle)
-        else:
+        elif handle is not None:
             handle.remove()
 
 
 @contextlib.contextmanager
-def pinned_hook(module: Any, edit: EditFunction, *, last: bool) -> Iterator[Callable[[], None]]:
+def pinned_hook(module: Any, edit: EditFunction, *, last: bool) -> Iterator[Pinned]:
     """Attach a hook to a hook point (or any module's output) that runs after, or before, every other hook on it.
 
-    That holds for hooks added later too, and after ``reset_hooks(including_permanent=True)``.
-
-    Args:
-        module: A hook point, or a module that returns one tensor.
-        edit: Function of the activation; a returned tensor replaces it.
-        last: After every other hook, else before every other.
-
-    Yields:
-        A function that puts the hook in its place at once; it is called before every forward of the module anyway.
+    That holds for hooks added later too, and after ``reset_hooks(including_permanent=True)``. ``edit`` is a function of
+    the activation; a returned tensor replaces it.
     """
-    pinned = _Pinned(module, edit, last=last)
-    handles = []
+    pinned = Pinned(module, edit, last=last)
     try:
-        handles.append(module.register_forward_pre_hook(lambda module, args: pinned.place()))
         pinned.place()
-        yield pinned.place
+        yield pinned
     finally:
-        for handle in handles:
-            handle.remove()
         pinned.remove()
 
 
@@ -358,7 +360,7 @@ def added_hook_points(model: HookedModel, wanted: Iterable[NewPoint]) -> Iterato
     for new in wanted:
         points[new.full_name] = point = HookPoint()
         point.name = new.full_name
-        names |= {f"{alias}.{new.kind}": point for alias in (new.name, *aliases.get(id(new.owner), ()))}
+        names |= {f"{name}.{new.kind}": point for name in (new.name, *aliases.get(id(new.owner), ()))}
     try:
         for new in wanted:
             new.owner.add_module(new.kind, points[new.full_name])

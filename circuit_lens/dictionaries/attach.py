@@ -30,6 +30,7 @@ from circuit_lens.dictionaries.points import Read, Write, parse_hook, read_kind,
 from circuit_lens.errors import CacheError, HookError, nearest
 from circuit_lens.hooks import (
     NewPoint,
+    Pinned,
     added_hook_points,
     around_forward,
     clamped,
@@ -190,12 +191,11 @@ def attached(binding: Binding, *, error: bool = True) -> Iterator[HookedModel]:
             _Writer(hook, points[f"{hook}.error"], error, [r for r in readers if hook in r.dictionary.hooks_out])
             for hook in written
         ]
-        places = [stack.enter_context(_reading(*pair)) for pair in zip(readers, inputs, strict=True)]
-        for writer in writers:
-            stack.enter_context(pinned_hook(written[writer.name], writer.splice, last=False))
+        reads = [(r, stack.enter_context(_reading(r, at))) for r, at in zip(readers, inputs, strict=True)]
+        writes = [(w, stack.enter_context(pinned_hook(written[w.name], w.splice, last=False))) for w in writers]
         for layer, block in enumerate(model.blocks):
-            here = [(r, p) for r, p in zip(readers, places, strict=True) if r.dictionary.layer == layer]
-            there = [w for w in writers if parse_hook(w.name).layer == layer]
+            here = [(r, pin) for r, pin in reads if r.dictionary.layer == layer]
+            there = [(w, pin) for w, pin in writes if parse_hook(w.name).layer == layer]
             if here or there:
                 stack.enter_context(_block_scope(block, here, there))
         yield model
@@ -230,29 +230,32 @@ def _write_module(model: HookedModel, hooks: Mapping[str, Any], name: str) -> An
 
 
 @contextlib.contextmanager
-def _reading(reader: _Reader, source: _Input) -> Iterator[Any]:
-    """Let a dictionary read; yields what puts its hook last again."""
+def _reading(reader: _Reader, source: _Input) -> Iterator[Pinned | None]:
+    """Let a dictionary read; yields its hook, where that is one among others."""
     if source.of == "input":
         with around_forward(source.module, before=lambda args: reader.read(args[0])):
-            yield lambda: None
+            yield None
     else:
-        with pinned_hook(source.module, reader.read, last=True) as place:
-            yield place
+        with pinned_hook(source.module, reader.read, last=True) as pinned:
+            yield pinned
 
 
 @contextlib.contextmanager
-def _block_scope(block: Any, readers: Iterable[tuple[_Reader, Any]], writers: Iterable[_Writer]) -> Iterator[None]:
+def _block_scope(
+    block: Any, reads: Iterable[tuple[_Reader, Pinned | None]], writes: Iterable[tuple[_Writer, Pinned]]
+) -> Iterator[None]:
     """Forget the last pass when a block begins, and check at its end that its write hooks fired."""
 
     def begin(args: tuple[Any, ...]) -> None:
-        for reader, place in readers:
+        for reader, pinned in reads:
             reader.clear()
-            place()  # before the block: a bridge's norm asks for hooks before it calls its hook points
-        for writer in writers:
+            if pinned is not None:
+                pinned.place()  # before the block: a bridge's norm asks for hooks before it calls its hook points
+        for writer, _ in writes:
             writer.fired = False
 
     def end() -> None:
-        silent = [writer.name for writer in writers if not writer.fired]
+        silent = [writer.name for writer, pinned in writes if not (writer.fired or pinned.silenced)]
         if silent:
             raise HookError(
                 f"{', '.join(silent)} did not fire although its block ran, so the dictionary there had no effect: the "
