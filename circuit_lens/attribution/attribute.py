@@ -16,6 +16,7 @@ from circuit_lens.attribution.replacement import LocalReplacementModel
 from circuit_lens.attribution.targets import Resolved, Targets, TokenLogits, stack
 from circuit_lens.errors import ConsistencyError, NodeNotFoundError, TargetError
 from circuit_lens.graph.graph import AttributionGraph
+from circuit_lens.graph.influence import absolute_row_sums
 from circuit_lens.graph.nodes import Feature, Node, NodeKind, Section
 from circuit_lens.graph.records import TopLogits
 from circuit_lens.running import token_string
@@ -209,7 +210,10 @@ class _Builder:
             return
         if local.settings.engine == "fast":
             raise ConsistencyError(f"the fast path differs from the reference by {worst:.1e} of a row's largest entry")
-        local.engine, local.engine_note = "reference", f"fallback: the fast path differed by {worst:.1e} of a row's largest"
+        local.engine, local.engine_note = (
+            "reference",
+            f"fallback: the fast path differed by {worst:.1e} of a row's largest",
+        )
         self._fill(self.logits, self.logit_rows, None)
         self._compute_chosen()
 
@@ -223,7 +227,10 @@ class _Builder:
         bias = torch.cat([bias.cpu(), torch.tensor([r.bias for r in self.resolved], dtype=dtype)])
         value = torch.cat([value.cpu(), torch.tensor([r.value for r in self.resolved], dtype=dtype)])
         self._check_conservation(adjacency, bias, value)
-        manifest = local.manifest() | {"options": {"max_features": max_features}, "targets": [r.name for r in self.resolved]}
+        manifest = local.manifest() | {
+            "options": {"max_features": max_features},
+            "targets": [r.name for r in self.resolved],
+        }
         return AttributionGraph(
             nodes=table(columns, self._logit_section()),
             adjacency=adjacency,
@@ -239,12 +246,13 @@ class _Builder:
             expander=self._expander(),
         )
 
-    def _check_conservation(self, adjacency: Tensor, bias: Float[Tensor, "n_rows"], value: Float[Tensor, "n_rows"]) -> None:
+    def _check_conservation(
+        self, adjacency: Tensor, bias: Float[Tensor, "n_rows"], value: Float[Tensor, "n_rows"]
+    ) -> None:
         """Raise if the rows do not sum to their targets' values: then the sources are not all there is."""
         local = self.local
-        gap = (adjacency.sum(1) + bias - value).abs() / (torch.linalg.vector_norm(adjacency, 1, dim=1) + bias.abs()).clamp_min(
-            torch.finfo(adjacency.dtype).tiny
-        )
+        size = (absolute_row_sums(adjacency) + bias.abs()).clamp_min(torch.finfo(adjacency.dtype).tiny)
+        gap = (adjacency.sum(1) + bias - value).abs() / size
         local.checks["conservation"] = worst = float(gap.max())
         limit = AGREEMENT.get(local.values.native, 0.2)
         if local.settings.check and not worst <= limit:
@@ -292,7 +300,9 @@ def _columns_of(local: LocalReplacementModel, graph: AttributionGraph, node: Any
     if node.kind is NodeKind.FEATURE:
         return [_column(local, node)]
     if node.kind is not NodeKind.REST:
-        raise NodeNotFoundError(f"{node.name} is a {node.kind.name.lower()} node; only rest nodes and features can be expanded")
+        raise NodeNotFoundError(
+            f"{node.name} is a {node.kind.name.lower()} node; only rest nodes and features can be expanded"
+        )
     dictionary = local.binding.dictionary(node.layer, node.site)
     f = next(f for f in local.sources.features if f.dictionary is dictionary)
     here = f.at(node.pos)

@@ -170,9 +170,7 @@ def _attention(
     return FrozenAttention(weights, pattern, ln1, post), post.apply_output(raw) + post.constant_output()
 
 
-def _post_norm(
-    weights: NormWeights, values: RunValues, layer: int, mlp_out: Tensor, linear: bool
-) -> FrozenNorm:
+def _post_norm(weights: NormWeights, values: RunValues, layer: int, mlp_out: Tensor, linear: bool) -> FrozenNorm:
     """Freeze the norm after an MLP; its normalised value follows from its output, which is what the run recorded."""
     scale = values.at(layer, "ln2_post.hook_scale")
     gain = torch.where(weights.gain == 0, torch.ones_like(weights.gain), weights.gain)

@@ -150,7 +150,9 @@ def _source(local: LocalReplacementModel, source: Any) -> tuple[str, Vectors]:
     columns = (local.all_columns.member == node).nonzero()[:, 0].tolist()
     if columns[0] < local.n_active:
         features, i = local.record_of(columns[0])
-        feature = Feature(features.dictionary.layer, int(features.pos[i]), int(features.index[i]), features.dictionary.site)
+        feature = Feature(
+            features.dictionary.layer, int(features.pos[i]), int(features.index[i]), features.dictionary.site
+        )
         return _source(local, feature)
     vectors = {}
     for column in columns:

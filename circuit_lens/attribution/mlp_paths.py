@@ -27,9 +27,7 @@ class MlpPath(Protocol):
     def adjoint(self, g: Float[Tensor, "*target d_model"], where: Where) -> Float[Tensor, "*target d_model"]: ...
 
 
-def read_value(
-    kind: Read, norm: FrozenNorm, base: Float[Tensor, "n_pos d_model"]
-) -> Float[Tensor, "n_pos d_model"]:
+def read_value(kind: Read, norm: FrozenNorm, base: Float[Tensor, "n_pos d_model"]) -> Float[Tensor, "n_pos d_model"]:
     """Return the linear part of a read hook's value."""
     match kind:
         case Read.NORMALIZED:

@@ -426,7 +426,12 @@ class LocalReplacementModel:
         from circuit_lens.attribution.attribute import attribute
 
         return attribute(
-            self, targets, max_features=max_features, rerank_every=rerank_every, batch_size=batch_size, progress=progress
+            self,
+            targets,
+            max_features=max_features,
+            rerank_every=rerank_every,
+            batch_size=batch_size,
+            progress=progress,
         )
 
     def expand(self, graph: AttributionGraph, node: Any) -> AttributionGraph:
@@ -480,4 +485,3 @@ def _version(package: str) -> str:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return "unknown"
-

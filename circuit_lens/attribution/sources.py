@@ -175,9 +175,7 @@ def _embedding_points(frozen: FrozenModel) -> list[PointSource]:
     return points
 
 
-def _attention_points(
-    frozen: FrozenModel, layer: int, constants: Sequence[Tensor] | None
-) -> list[PointSource]:
+def _attention_points(frozen: FrozenModel, layer: int, constants: Sequence[Tensor] | None) -> list[PointSource]:
     """What an attention layer adds that depends on no source: its biases, and the constants of its norms."""
     if constants is not None:
         return [PointSource(NodeKind.BIAS, layer, Stage.ATTENTION, "attention", constants[layer], layer)]
@@ -231,9 +229,7 @@ def _encode(
         outputs.append(torch.zeros_like(b).index_add_(0, pos, vector))
         biases.append(b)
     counts = torch.bincount(pos, minlength=frozen.n_pos).cumsum(0).tolist()
-    active = ActiveFeatures(
-        dictionary, start, pos, index, act, pre_act, [0, *counts], torch.stack(vectors), constant
-    )
+    active = ActiveFeatures(dictionary, start, pos, index, act, pre_act, [0, *counts], torch.stack(vectors), constant)
     return active, outputs, biases
 
 

@@ -8,7 +8,7 @@ attention layer is one matrix product for all of them. No forward pass is repeat
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch

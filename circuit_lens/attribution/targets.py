@@ -321,7 +321,9 @@ class Resolver:
                 )
             gradient = torch.autograd.grad(value.sum(), logits)[0][0]
         if not bool(torch.isfinite(gradient).all() and torch.isfinite(value).all()):
-            raise TargetError(f"the metric {name} or its gradient is NaN or infinite at this run, so it cannot be linearised")
+            raise TargetError(
+                f"the metric {name} or its gradient is NaN or infinite at this run, so it cannot be linearised"
+            )
         if frozen.soft_cap is not None:
             gradient = gradient * (1 - (frozen.capped_logits() / frozen.soft_cap) ** 2)
         vectors = gradient @ self.W_U.to(dtype).T
@@ -334,5 +336,14 @@ class Resolver:
         # The constant of the linearisation, the unembedding's bias and the last norm's constant are the target's own.
         bias = float(value) - linear
         return Resolved(
-            name, self.d_vocab + n_virtual, FINAL_HOOK, frozen.n_layers, pos, vectors[pos], spread, float(value), bias, 1.0
+            name,
+            self.d_vocab + n_virtual,
+            FINAL_HOOK,
+            frozen.n_layers,
+            pos,
+            vectors[pos],
+            spread,
+            float(value),
+            bias,
+            1.0,
         )

@@ -179,7 +179,9 @@ def _batch_row(
     n_batch = first.shape[0]
     if batch_index is None:
         if n_batch != 1:
-            raise CacheError(f"the cache holds a batch of {n_batch} prompts; say which one with batch_index=0..{n_batch - 1}")
+            raise CacheError(
+                f"the cache holds a batch of {n_batch} prompts; say which one with batch_index=0..{n_batch - 1}"
+            )
         return 0
     if not -n_batch <= batch_index < n_batch:
         raise CacheError(f"batch_index={batch_index} is outside the cache's batch of {n_batch}")

@@ -4,7 +4,7 @@ For every feature: where it is active (tokens, contexts, how often, how strongly
 suppresses when it is read off by the unembedding directly, which variables of the text it detects, and a short label.
 Nothing here knows a model; `circuit_lens.zoo.feature_information` computes it for the bundled ones.
 
-The file is safetensors: arrays per site, and the strings as one JSON document in a byte tensor.
+The file is safetensors: arrays per site, and the strings as one deflated JSON document in a byte tensor.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+import zlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -258,7 +259,7 @@ class FeatureTable:
             ],
         }
         text = json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode()
-        tensors["strings"] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+        tensors["strings"] = torch.frombuffer(bytearray(zlib.compress(text, 9)), dtype=torch.uint8)
         header = {"format": FORMAT, "version": str(VERSION), "text": self.text, "n_tokens": str(self.n_tokens)}
         _write_atomically(tensors, Path(path), header)
 
@@ -284,7 +285,7 @@ def load_feature_info(path: str | Path) -> FeatureTable:
         raise GraphFileError(f"{path} holds {header.get('format')!r}, not {FORMAT!r}")
     if int(header["version"]) > VERSION:
         raise GraphFileError(f"{path} has version {header['version']}; this circuit_lens reads up to {VERSION}")
-    document = json.loads(bytes(tensors.pop("strings").tolist()).decode())
+    document = json.loads(zlib.decompress(tensors.pop("strings").numpy().tobytes()).decode())
     sites = []
     for number, record in enumerate(document["sites"]):
         arrays = {name: tensors[f"{number}.{name}"] for name in _ARRAYS}

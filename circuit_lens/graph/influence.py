@@ -27,7 +27,18 @@ def row_totals(
     adjacency: Float[Tensor, "n_rows n_sources"], *, nodes: NodeTable, convention: str = "paper"
 ) -> Float[Tensor, "n_rows"]:
     """Return the sum of |edge| over the counted sources of each row, in float64; units of the row's target."""
-    return torch.linalg.vector_norm(adjacency[:, : counted(nodes, convention)], ord=1, dim=1, dtype=torch.float64)
+    return absolute_row_sums(adjacency[:, : counted(nodes, convention)])
+
+
+def absolute_row_sums(matrix: Float[Tensor, "n m"]) -> Float[Tensor, "n"]:
+    """Return the sum of |entry| of each row, float64, in the order in which the matrix lies in memory, part by part."""
+    if matrix.stride(0) >= matrix.stride(1):
+        parts = [part.abs().sum(1, dtype=torch.float64) for part in matrix.split(256)]
+        return torch.cat(parts) if parts else matrix.new_zeros(0, dtype=torch.float64)
+    total = torch.zeros(len(matrix), dtype=torch.float64, device=matrix.device)
+    for part in matrix.split(256, dim=1):
+        total += part.abs().sum(1)
+    return total
 
 
 def inverse(values: Float[Tensor, "m"]) -> Float[Tensor, "m"]:

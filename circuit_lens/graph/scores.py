@@ -8,7 +8,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from circuit_lens.graph.influence import counted, dense, influence, influence_definition, inverse, row_totals
+from circuit_lens.graph.influence import (
+    absolute_row_sums,
+    counted,
+    dense,
+    influence,
+    influence_definition,
+    inverse,
+    row_totals,
+)
 from circuit_lens.graph.nodes import NodeKind, NodeTable
 
 _LEAVES = (NodeKind.TOKEN, NodeKind.ERROR, NodeKind.POSITION, NodeKind.BIAS, NodeKind.REST, NodeKind.PATCH)
@@ -73,7 +81,7 @@ def scores(
     rows[nodes.n_features :] += logit_weight.double()
     flow = rows * inverse(totals)
     errors = adjacency[:, nodes.slice_of(NodeKind.ERROR)]
-    error = torch.linalg.vector_norm(errors, ord=1, dim=1, dtype=torch.float64)
+    error = absolute_row_sums(errors)
     pruned = (totals - sums).clamp(min=0.0)
     leaves = {kind.name.lower(): float(node_influence[nodes.slice_of(kind)].sum()) for kind in _LEAVES}
     leaves["pruned"] = float(flow @ pruned)
