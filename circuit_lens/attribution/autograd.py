@@ -372,6 +372,6 @@ def _additivity(
         f = [s[name].to(torch.float64) for s in (zero, one, two, both)]
         scale = max(float((f[i] - f[0]).abs().max()) for i in (1, 2, 3))
         # What does not depend on the stream, up to rounding, is held.
-        floor = torch.finfo(hooks.frozen.values.native).eps * float(f[0].abs().max())
-        errors[name] = float((f[3] - f[1] - f[2] + f[0]).abs().max()) / scale if scale > 1e3 * floor else dead
+        floor = min(1e3 * torch.finfo(hooks.frozen.values.native).eps, 0.05) * float(f[0].abs().max())
+        errors[name] = float((f[3] - f[1] - f[2] + f[0]).abs().max()) / scale if scale > floor else dead
     return errors

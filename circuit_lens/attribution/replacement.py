@@ -159,15 +159,21 @@ class LocalReplacementModel:
         if self.settings.engine == "reference":
             return "reference", "asked for"
         if weights.unavailable is not None:
-            return "reference", f"fallback: {weights.unavailable}"
+            return "reference", self._fallback(weights.unavailable)
         return "fast", ""
+
+    def _fallback(self, reason: str) -> str:
+        """Return the note that the reference is used; raise if the fast path was asked for by name."""
+        if self.settings.engine == "fast":
+            raise ConsistencyError(f"engine='fast' cannot be used here: {reason}; use engine='auto' or 'reference'")
+        return f"fallback: {reason}"
 
     def _freeze(self, weights: ModelWeights) -> FrozenModel:
         linear = self.settings.norms == "linear"
         try:
             return freeze(self.model, weights, self.values, linear_norms=linear)
         except MapsUnavailableError as error:
-            self.engine, self.engine_note = "reference", f"fallback: {error}"
+            self.engine, self.engine_note = "reference", self._fallback(str(error))
             return freeze(self.model, weights.without_attention(str(error)), self.values, linear_norms=linear)
 
     def _hooks(self) -> FrozenHooks:

@@ -320,6 +320,7 @@ class Resolver:
                     f"[1, n_pos, d_vocab], not {given}; return a scalar tensor, without .item(), .detach() or argmax"
                 )
             gradient = torch.autograd.grad(value.sum(), logits)[0][0]
+        value = value.detach()
         if not bool(torch.isfinite(gradient).all() and torch.isfinite(value).all()):
             raise TargetError(
                 f"the metric {name} or its gradient is NaN or infinite at this run, so it cannot be linearised"

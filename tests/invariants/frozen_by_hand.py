@@ -1,6 +1,7 @@
 """A second frozen model, from hook points of TransformerLens alone: what an edge means, by doing it.
 
-Nothing of the engine is used. Queries, keys, norm denominators and MLP outputs of one run are held by hooks; a source's contribution is added once more where it enters, and the targets are read again.
+Nothing of the engine is used. Queries, keys, norm denominators and MLP outputs of one run are held by hooks; a source's
+contribution is added once more where it enters, and the targets are read again.
 """
 
 from __future__ import annotations
