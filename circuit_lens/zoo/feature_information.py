@@ -26,9 +26,9 @@ if TYPE_CHECKING:
     from sae_lens import SAE
     from transformer_lens import HookedTransformer
 
-TOP, CONTEXTS, WINDOW, BEFORE, BINS = 5, 4, 12, 8, 12
-MAX_VALUES, MAX_DETECTIONS = 6, 3
-MIN_ACTIVE, MIN_F1 = 5, 0.3
+TOP, CONTEXTS, WINDOW, BEFORE, BINS = 5, 3, 11, 8, 10
+MAX_VALUES, MAX_WORDS, MAX_DETECTIONS = 6, 2, 3
+MIN_ACTIVE, MIN_SCORE, MIN_SECOND_SCORE = 5, 0.25, 0.3
 SHOWN_VALUES = 4
 WORD, ANSWER = "word", "answer"
 
@@ -59,40 +59,58 @@ def variable_columns(text: HeldOutText, kept: Bool[Tensor, "row pos"], words: Se
     return [*found, Column(WORD, tuple(words), text.rows.tokens.numpy()[mask].astype(np.int32))]
 
 
-def best_detection(
-    column: Column, counts: Float[np.ndarray, " value"], totals: Float[np.ndarray, " value"], n_active: int
-) -> Detection | None:
-    """The set of values with the highest F1 that greedy growth finds; ``None`` where nothing coincides.
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A detection and how much of the feature it explains.
 
-    ``counts``: active positions with each value; ``totals``: all positions with it.
+    ``contrast``: F1 among the positions where the variable has a value at all (a feature that is active on the cities
+    of Texas and on no other cities has 1 for ``state``, whatever else it is active on). ``share``: the share of the
+    feature's active positions where the variable has a value.
     """
-    # Adding a value raises F1 only if its counts / (totals) is high; try them in that order.
-    candidates = np.flatnonzero(counts)
-    if not len(candidates):
+
+    detection: Detection
+    contrast: float
+    share: float
+
+    @property
+    def score(self) -> float:
+        """Ranks the variables of one feature."""
+        return self.contrast * self.share**0.5
+
+
+def best_candidate(
+    column: Column, counts: Float[np.ndarray, " value"], totals: Float[np.ndarray, " value"], n_active: int
+) -> Candidate | None:
+    """The set of values with the highest contrast that greedy growth finds; ``None`` where nothing coincides.
+
+    ``counts``: active positions with each value; ``totals``: all positions with it. Values are tried from the highest
+    recall down, weighted by how often they occur; most are named first whose every occurrence the feature catches.
+    """
+    values = np.flatnonzero(counts)
+    if not len(values):
         return None
-    order = candidates[np.argsort(-counts[candidates] / totals[candidates] * np.sqrt(counts[candidates]))]
+    recall = counts[values] / totals[values]
+    order = values[np.argsort(-recall * np.sqrt(counts[values]))]
+    known = float(counts.sum())
     chosen: list[int] = []
     hits = positives = best = 0.0
     for value in order[: 4 * MAX_VALUES]:
-        f1 = 2 * (hits + counts[value]) / (positives + totals[value] + n_active)
-        if f1 > best and len(chosen) < MAX_VALUES:
-            best, hits, positives = f1, hits + counts[value], positives + totals[value]
+        contrast = 2 * (hits + counts[value]) / (positives + totals[value] + known)
+        if contrast > best and len(chosen) < (MAX_WORDS if column.variable == WORD else MAX_VALUES):
+            best, hits, positives = float(contrast), hits + float(counts[value]), positives + float(totals[value])
             chosen.append(int(value))
-    chosen.sort(key=lambda value: -counts[value])
-    return Detection(
-        column.variable,
-        tuple(column.values[value] for value in chosen),
-        float(hits / n_active),
-        float(hits / positives),
-    )
+    chosen.sort(key=lambda value: -counts[value] / totals[value])
+    names = tuple(column.values[value] for value in chosen)
+    detection = Detection(column.variable, names, hits / n_active, hits / positives)
+    return Candidate(detection, best, known / n_active)
 
 
-def detections(acts: Float[Tensor, "token d_sae"], columns: Sequence[Column]) -> list[tuple[Detection, ...]]:
-    """For every feature the best detection of each variable, best variables first, at most `MAX_DETECTIONS`."""
+def candidates(acts: Float[Tensor, "token d_sae"], columns: Sequence[Column]) -> list[tuple[Candidate, ...]]:
+    """For every feature the best candidate of each variable, best variables first, at most `MAX_DETECTIONS`."""
     token, feature = (index.numpy() for index in (acts > 0).nonzero(as_tuple=True))
     d_sae = acts.shape[1]
     n_active = np.bincount(feature, minlength=d_sae)
-    found: list[list[Detection]] = [[] for _ in range(d_sae)]
+    found: list[list[Candidate]] = [[] for _ in range(d_sae)]
     for column in columns:
         n_values = len(column.values)
         totals = np.bincount(column.ids[column.ids >= 0], minlength=n_values).astype(float)
@@ -101,10 +119,10 @@ def detections(acts: Float[Tensor, "token d_sae"], columns: Sequence[Column]) ->
         counts = np.bincount(feature[known] * n_values + ids[known], minlength=d_sae * n_values)
         counts = counts.reshape(d_sae, n_values).astype(float)
         for index in np.flatnonzero(n_active >= MIN_ACTIVE):
-            detection = best_detection(column, counts[index], totals, int(n_active[index]))
-            if detection is not None:
-                found[index].append(detection)
-    return [tuple(sorted(each, key=lambda d: -d.f1)[:MAX_DETECTIONS]) for each in found]
+            candidate = best_candidate(column, counts[index], totals, int(n_active[index]))
+            if candidate is not None:
+                found[index].append(candidate)
+    return [tuple(sorted(each, key=lambda c: -c.score)[:MAX_DETECTIONS]) for each in found]
 
 
 def _values(values: Sequence[str]) -> str:
@@ -113,21 +131,35 @@ def _values(values: Sequence[str]) -> str:
     return "|".join(values[:SHOWN_VALUES]) + more
 
 
-def make_label(found: Sequence[Detection], top_tokens: Sequence[str], promoted: Sequence[str]) -> str:
+def _part(detection: Detection) -> str:
+    """One detection as a part of a label."""
+    if detection.variable == ANSWER:
+        return f"say {_values(detection.values)}"
+    if detection.variable == WORD:
+        return f"word: {_values(detection.values)}"
+    return f"{detection.variable}={_values(detection.values)}"
+
+
+def make_label(found: Sequence[Candidate], top_tokens: Sequence[str], promoted: Sequence[str]) -> str:
     """A short name: ``say Austin`` (the next token), ``state=Texas``, ``word: capital``, or the tokens it is active on.
 
-    The best detection decides where its F1 is at least `MIN_F1`.
+    The candidate with the highest score names the feature if it reaches `MIN_SCORE`; a second one is added where it
+    reaches `MIN_SECOND_SCORE`, since many features serve two purposes. Variables with ``about`` say the same of what
+    was mentioned before.
     """
-    if not found:
-        return f"words: {', '.join(top_tokens[:3])}" if top_tokens else ""
-    best = found[0]
-    if best.f1 < MIN_F1:
-        return f"words: {', '.join(top_tokens[:3])} → {', '.join(promoted[:2])}"
-    if best.variable == ANSWER:
-        return f"say {_values(best.values)}"
-    if best.variable == WORD:
-        return f"word: {_values(best.values)}"
-    return f"{best.variable}={_values(best.values)}"
+    if not top_tokens:
+        return ""
+    parts: list[str] = []
+    variables: set[str] = set()
+    for number, candidate in enumerate(found):
+        variable = candidate.detection.variable.removeprefix("about ")
+        limit = MIN_SECOND_SCORE if number else MIN_SCORE
+        if candidate.score >= limit and variable not in variables and len(parts) < 2:
+            parts.append(_part(candidate.detection))
+            variables.add(variable)
+    if parts:
+        return " · ".join(parts)
+    return f"words: {', '.join(top_tokens[:3])} → {', '.join(promoted[:2])}"
 
 
 def _contexts(
@@ -184,17 +216,17 @@ def site_info(
     logits = dictionary.W_dec @ (model.W_U - model.W_U.mean(-1, keepdim=True))
     top, bottom = logits.topk(TOP), (-logits).topk(TOP)
     contexts = [_contexts(column, tokens, starts, ends) for column in acts.T.contiguous()]
-    found = detections(acts, columns)
+    found = candidates(acts, columns)
     labels = []
     for index in range(acts.shape[1]):
         ranked = zip(top_tokens[index].tolist(), shares[index].tolist(), strict=True)
-        active_on = [words[token] for token, share in ranked if share > 0]
-        labels.append(make_label(found[index], active_on, [words[token] for token in top.indices[index].tolist()]))
+        active_on = [words[int(token)] for token, share in ranked if share > 0]
+        labels.append(make_label(found[index], active_on, [words[int(token)] for token in top.indices[index].tolist()]))
     return SiteInfo(
         site=str(dictionary.cfg.metadata.hook_name_out),
         layer=layer_of(dictionary),
         labels=tuple(labels),
-        detections=tuple(found),
+        detections=tuple(tuple(candidate.detection for candidate in each) for each in found),
         density=(acts > 0).float().mean(0),
         max_activation=largest,
         histogram=histogram.int(),

@@ -186,6 +186,7 @@ class Workshop:
 
         place = assets / name
         with _new_folder(place) as new:
+            new.chmod(0o755)
             shutil.copytree(self.model_folder(name, seed), new, dirs_exist_ok=True)
             target = new / DICTIONARIES / DEFAULT_SET
             shutil.copytree(self.dictionaries_folder(name, seed, dictionary_seed), target)
@@ -199,6 +200,8 @@ class Workshop:
                 description=f"held-out text of the generator, seed {FEATURES_TEXT}",
             )
             table.save(target / FEATURE_INFO_FILE)
+            for path in new.rglob("*"):
+                path.chmod(0o755 if path.is_dir() else 0o644)
         self.say(f"shipped {name}: model seed {seed}, dictionary seed {dictionary_seed}")
         return place
 
