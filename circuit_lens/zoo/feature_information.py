@@ -30,7 +30,11 @@ TOP, CONTEXTS, WINDOW, BEFORE, BINS = 5, 3, 11, 8, 10
 MAX_VALUES, MAX_WORDS, MAX_DETECTIONS = 6, 2, 3
 MIN_ACTIVE, MIN_SCORE, MIN_SECOND_SCORE = 5, 0.25, 0.3
 SHOWN_VALUES = 4
-WORD, ANSWER = "word", "answer"
+WORD, ANSWER, ANSWER_KIND = "word", "answer", "answer kind"
+# One fact under several names: a label says it once.
+_SAME_FACT = {"city": "place", "state": "place", "country": "place", "province": "place", "topic": "operand"}
+# A list of words says less than a variable with the same score.
+WORD_DISCOUNT = 0.7
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +79,8 @@ class Candidate:
     @property
     def score(self) -> float:
         """Ranks the variables of one feature."""
-        return self.contrast * self.share**0.5
+        discount = WORD_DISCOUNT if self.detection.variable == WORD else 1.0
+        return discount * self.contrast * self.share**0.5
 
 
 def best_candidate(
@@ -135,13 +140,16 @@ def _part(detection: Detection) -> str:
     """One detection as a part of a label."""
     if detection.variable == ANSWER:
         return f"say {_values(detection.values)}"
+    if detection.variable == ANSWER_KIND:
+        return f"say a {_values(detection.values)}"
     if detection.variable == WORD:
         return f"word: {_values(detection.values)}"
     return f"{detection.variable}={_values(detection.values)}"
 
 
 def make_label(found: Sequence[Candidate], top_tokens: Sequence[str], promoted: Sequence[str]) -> str:
-    """A short name: ``say Austin`` (the next token), ``state=Texas``, ``word: capital``, or the tokens it is active on.
+    """A short name: ``say Austin`` (the next token), ``say a capital``, ``state=Texas``, ``word: capital``, or the
+    tokens it is active on.
 
     The candidate with the highest score names the feature if it reaches `MIN_SCORE`; a second one is added where it
     reaches `MIN_SECOND_SCORE`, since many features serve two purposes. Variables with ``about`` say the same of what
@@ -153,6 +161,7 @@ def make_label(found: Sequence[Candidate], top_tokens: Sequence[str], promoted: 
     variables: set[str] = set()
     for number, candidate in enumerate(found):
         variable = candidate.detection.variable.removeprefix("about ")
+        variable = _SAME_FACT.get(variable, variable)
         limit = MIN_SECOND_SCORE if number else MIN_SCORE
         if candidate.score >= limit and variable not in variables and len(parts) < 2:
             parts.append(_part(candidate.detection))

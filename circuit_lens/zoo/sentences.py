@@ -10,6 +10,16 @@ from circuit_lens.zoo.templates import OPERATIONS
 
 Variables = dict[str, tuple[str | None, ...]]
 
+# What the answers of a family are, where no relation is asked for.
+_ANSWER_KINDS = {
+    "city": "place",
+    "cross": "opposite",
+    "antonym": "opposite",
+    "neutral": "topic or sign",
+    "identity": "copy",
+    "filler": "day or month",
+}
+
 
 @dataclass(frozen=True, slots=True)
 class Mention:
@@ -60,6 +70,8 @@ class Sentence:
         ``about x``: an earlier mention of this sentence had ``x = value``, the latest one counts.
         ``operation``: this token names the operation on the operand, and ``about operation`` everything after it.
         ``answer``: the *next* token is determined, and is this token.
+        ``answer kind``: an answer begins at the next token, and it is of this kind: the relation asked for, or what
+        the family asks for.
         """
         n_tokens = len(self.tokens)
         values: dict[str, list[str | None]] = {}
@@ -78,12 +90,15 @@ class Sentence:
                 for position in range(max(span.start, 1), span.end + 1):
                     put("answer", position - 1, self.tokens[position])
         latest: dict[str, str] = {}
+        starts = {span.start - 1 for span in self.spans if span.mention.answer}
         for position in range(n_tokens):
             for variable, value in latest.items():
                 put(f"about {variable}", position, value)
             for variable, value in facts_at.get(position, {}).items():
                 put(variable, position, value)
                 latest[variable] = value
+            if position in starts:
+                put("answer kind", position, latest.get("relation") or _ANSWER_KINDS.get(self.family, self.family))
         return {variable: tuple(column) for variable, column in values.items()}
 
 
