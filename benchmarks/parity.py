@@ -81,7 +81,7 @@ def bundled_cases() -> list[Case]:
 
     rm = cl.zoo.load("capitals")
     tokens = rm.model.to_tokens("Fact: the capital of the state containing Dallas is")[0]
-    saes = [dictionary.module for dictionary in rm.dictionaries]
+    saes = [getattr(dictionary, "module") for dictionary in rm.dictionaries]  # noqa: B009
     return [case_from_model("capitals", rm.model, saes, tokens, Settings())]
 
 
@@ -220,7 +220,7 @@ def gemm_seconds(case: Case, n_features: int) -> float:
             torch.randn(1)
             if crossing:
                 g = _BUFFER[: crossing * (pos + 1), :width]
-                (g @ W_O) @ W_V
+                torch.mm(g @ W_O, W_V)
     return time.process_time() - start
 
 

@@ -49,7 +49,8 @@ class HeadLoadings:
         """Return the ``n`` heads with the largest shares as (layer, head, share)."""
         flat = self.heads.flatten()
         order = flat.abs().topk(min(n, flat.numel())).indices.tolist()
-        return [(*divmod(i, self.heads.shape[1]), float(flat[i])) for i in order]
+        n_heads = self.heads.shape[1]
+        return [(i // n_heads, i % n_heads, float(flat[i])) for i in order]
 
     def __str__(self) -> str:
         lines = [f"{self.source} -> {self.target}: {self.edge:+.4f}", f"  {self.bypass:+.4f}  bypass"]

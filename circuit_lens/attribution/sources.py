@@ -186,9 +186,12 @@ def _attention_points(frozen: FrozenModel, layer: int, constants: Sequence[Tenso
 
 def _mlp_points(layer: int, left: Tensor, bias: Tensor, through: Tensor, jacobian: bool) -> list[PointSource]:
     """Error and biases of an MLP. ``left`` is what the dictionaries (or the Jacobian) leave of its output."""
-    error = (NodeKind.BIAS, "mlp") if jacobian else (NodeKind.ERROR, f"blocks.{layer}.hook_mlp_out")
-    parts = ((NodeKind.BIAS, "norm", through), (NodeKind.BIAS, "dictionary", bias), (*error, left))
-    return [PointSource(kind, layer, Stage.MLP, site, vectors, layer) for kind, site, vectors in parts]
+
+    def point(kind: NodeKind, site: str, vectors: Tensor) -> PointSource:
+        return PointSource(kind, layer, Stage.MLP, site, vectors, layer)
+
+    rest = (NodeKind.BIAS, "mlp") if jacobian else (NodeKind.ERROR, f"blocks.{layer}.hook_mlp_out")
+    return [point(NodeKind.BIAS, "norm", through), point(NodeKind.BIAS, "dictionary", bias), point(*rest, left)]
 
 
 def _path(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -222,10 +222,9 @@ class Resolver:
         if isinstance(targets, (SalientLogits, TokenLogits, LogitDifference, Direction, Feature)):
             return [targets]
         if isinstance(targets, Sequence):
-            specs = [spec for item in targets for spec in self._specs(item)]
-            return specs
+            return [spec for item in targets for spec in self._specs(item)]
         if callable(targets):
-            return [targets]
+            return [cast(Metric, targets)]
         raise TargetError(
             f"{type(targets).__name__} is no target; give token strings or ids, cl.salient_logits(), "
             "cl.logit_difference(a, b), cl.direction(vector), cl.Feature(...), or a function logits -> scalar"
