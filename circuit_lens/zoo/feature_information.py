@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 TOP, CONTEXTS, WINDOW, BEFORE, BINS = 5, 3, 11, 8, 10
 MAX_VALUES, MAX_WORDS, MAX_DETECTIONS = 6, 2, 3
-MIN_ACTIVE, MIN_SCORE, MIN_SECOND_SCORE = 5, 0.25, 0.3
+MIN_ACTIVE, MIN_SCORE, MIN_SECOND_SCORE = 5, 0.25, 0.22
 SHOWN_VALUES = 4
 WORD, ANSWER, ANSWER_KIND = "word", "answer", "answer kind"
 # One fact under several names: a label says it once.

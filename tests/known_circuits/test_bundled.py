@@ -13,7 +13,7 @@ from sae_lens.saes.transcoder import JumpReLUTranscoder
 from circuit_lens.zoo import evaluate, loading, templates
 from circuit_lens.zoo.batches import held_out_text
 from circuit_lens.zoo.corpus import Corpus
-from circuit_lens.zoo.dictionary_figures import measure_dictionaries, mediation, state_supernodes
+from circuit_lens.zoo.dictionary_figures import active_features, measure_dictionaries, mediation
 from circuit_lens.zoo.report import BUDGET_BYTES, REPORT
 from circuit_lens.zoo.tokenizer import build_vocabulary
 
@@ -151,11 +151,23 @@ def test_texas_features_have_texas_in_their_labels(model, dictionaries, corpus):
     assert sum(site.d_sae for site in table.sites) == sum(dictionary.cfg.d_sae for dictionary in dictionaries)
     members = mediation(model, dictionaries, corpus).members
     labels = [table.label(dictionaries[layer].cfg.metadata.hook_name_out, layer, index) for layer, index in members]
-    assert sum("Texas" in label for label in labels) >= 0.5 * len(labels)
-    texas = state_supernodes(model, dictionaries, corpus)["Texas"]
-    assert {(layer, index) for _, layer, index in table.search("state=Texas")} & {
-        (int(layer), int(index)) for layer, index in texas.nonzero()
-    }
+    assert sum("Texas" in label for label in labels) >= len(labels) / 3
+
+
+def test_a_feature_labelled_texas_is_active_on_the_cities_of_texas_and_rarely_elsewhere(model, dictionaries, corpus):
+    table = loading.load_features("capitals")
+    labelled = [
+        (layer, index)
+        for _, layer, index in table.search("Texas")
+        if any("Texas" in part and part.startswith("state=") for part in table.label(None, layer, index).split(" · "))
+    ]
+    assert len(labelled) >= 5
+    cities = [city for city in corpus.cities if city.place.kind == "state"]
+    prompts = [[*evaluate.NEUTRAL_PROMPT.split(), city.name] for city in cities]
+    active = active_features(model, dictionaries, prompts).float()
+    texan = torch.tensor([city.place.name == "Texas" for city in cities])
+    true = [float(active[texan, layer, i].mean()) > 2 * float(active[~texan, layer, i].mean()) for layer, i in labelled]
+    assert sum(true) >= 0.8 * len(true)
 
 
 def test_the_package_stays_within_its_budget_and_holds_no_pickle():
