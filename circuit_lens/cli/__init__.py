@@ -18,10 +18,11 @@ from circuit_lens.cli.failing import guarded
 COMMANDS: tuple[str, ...] = ("trace", "doctor")
 
 
-def _print_version(wanted: bool) -> None:
+def _print_version(wanted: bool) -> bool:
     if wanted:
         typer.echo(f"circuit-lens {__version__}")
         raise typer.Exit
+    return wanted
 
 
 def build_app() -> typer.Typer:

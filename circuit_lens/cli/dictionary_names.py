@@ -70,7 +70,7 @@ def find_dictionaries(names: Sequence[str]) -> list[Found]:
 
 def _find(name: str) -> list[Found]:
     folder = Path(name).expanduser()
-    if folder.is_dir():
+    if name.strip() and folder.is_dir():
         return _in_folder(folder)
     release, colon, pattern = name.partition(":")
     if release in registry():

@@ -8,19 +8,21 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import ParamSpec
 
 import typer
 from rich.console import Console
-from rich.padding import Padding
 from rich.text import Text
 
 from circuit_lens.errors import CircuitLensError
 
 P = ParamSpec("P")
 
+# Packages whose exceptions mean that something could not be fetched or read.
+_CLIENTS = ("huggingface_hub", "httpx", "requests", "safetensors")
 BROKEN, USER_ERROR, INTERRUPTED = 1, 2, 130
 
 
@@ -63,15 +65,16 @@ def fetching(what: str, repository: str) -> Iterator[None]:
         raise
     except Exception as error:
         module = type(error).__module__.split(".")[0]
-        if not isinstance(error, OSError | ValueError) and module not in ("huggingface_hub", "httpx", "requests"):
+        if not isinstance(error, OSError | ValueError) and module not in _CLIENTS:
             raise
         reason = " ".join(str(error).split())
         reason = reason if len(reason) <= 300 else reason[:297] + "..."
         local = Path(repository).is_dir()
         source = f"It lies in {repository}" if local else f"It is fetched from https://huggingface.co/{repository}"
+        offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
         advice = "" if local else (
-            ": check the name, the network, HF_HUB_OFFLINE, and HF_TOKEN for a gated model; once fetched, it is "
-            "loaded offline from the cache"
+            ", which HF_HUB_OFFLINE forbids; unset it, or fetch it once elsewhere" if offline else
+            ": check the name, the network, and HF_TOKEN for a gated one; once fetched, it is loaded offline"
         )  # fmt: skip
         raise CommandError(f"could not load {what}. {source}{advice}. Reason: {reason}") from error
 
@@ -81,8 +84,10 @@ def show_error(message: str, *, title: str = "Error") -> None:
     console = Console(stderr=True, highlight=False)
     console.width = line_width(console)
     console.print(Text(title, style="bold red"))
-    text = message[:1].upper() + message[1:]
-    console.print(Padding(Text(text, overflow="fold"), (0, 0, 0, 2)), soft_wrap=False)
+    if message.split(" ", 1)[0].isalpha():  # a sentence; not a name, an option or a quotation
+        message = message[0].upper() + message[1:]
+    for line in Text(message).wrap(console, console.width - 2, overflow="fold"):
+        console.print(Text(f"  {line.plain.rstrip()}"), soft_wrap=True)
 
 
 def line_width(console: Console) -> int:

@@ -69,6 +69,7 @@ def load_pair(
         where, kind = choose_device(device, cpu=bundled), parse_dtype(dtype)
         if bundled:
             return Pair(_bundled(name, dictionaries, where, kind), name, True)
+        check_name(name, bridge=bridge)
         if not dictionaries:
             raise CommandError(_no_dictionaries(name))
         from circuit_lens.cli.dictionary_names import find_dictionaries, load_dictionaries
@@ -108,24 +109,34 @@ def load_model(name: str, device: torch.device, dtype: torch.dtype, *, bridge: b
     Raises:
         CommandError: an unknown name, a folder without ``bridge``, or weights that cannot be fetched.
     """
-    folder = Path(name).expanduser()
-    if not bridge:
-        from transformer_lens import HookedTransformer
-        from transformer_lens.loading_from_pretrained import get_official_model_name
-
-        if folder.is_dir():
-            raise CommandError(f"{name} is a folder; a HookedTransformer loads by name only: add --bridge")
-        try:
-            official = get_official_model_name(name)
-        except ValueError:
-            raise CommandError(_unknown_model(name)) from None
-        with fetching(f"the model {name}", official):
-            return HookedTransformer.from_pretrained_no_processing(name, device=str(device), dtype=dtype).eval()
-    from transformer_lens.model_bridge import TransformerBridge
-
-    source = str(folder) if folder.is_dir() else name
+    source = check_name(name, bridge=bridge)
     with fetching(f"the model {name}", source):
+        if not bridge:
+            from transformer_lens import HookedTransformer
+
+            return HookedTransformer.from_pretrained_no_processing(name, device=str(device), dtype=dtype).eval()
+        from transformer_lens.model_bridge import TransformerBridge
+
         return TransformerBridge.boot_transformers(source, device=str(device), dtype=dtype).eval()
+
+
+def check_name(name: str, *, bridge: bool) -> str:
+    """Return where a model lies: a folder, or a repository of the hub.
+
+    Raises:
+        CommandError: a name that HookedTransformer does not know, or a folder, without ``bridge``.
+    """
+    folder = Path(name).expanduser()
+    if bridge:
+        return str(folder) if folder.is_dir() else name
+    if folder.is_dir():
+        raise CommandError(f"--model {name}: a HookedTransformer loads by name only; add --bridge to load a folder")
+    from transformer_lens.loading_from_pretrained import get_official_model_name
+
+    try:
+        return get_official_model_name(name)
+    except ValueError:
+        raise CommandError(_unknown_model(name)) from None
 
 
 def _unknown_model(name: str) -> str:
@@ -138,8 +149,8 @@ def _unknown_model(name: str) -> str:
     close = difflib.get_close_matches(name, sorted(names), n=4, cutoff=0.4)
     hint = f"; nearest: {', '.join(close)}" if close else ""
     return (
-        f"there is no model {name!r}: it is neither bundled ({', '.join(zoo.names()) or 'none'}) nor known to "
-        f"HookedTransformer{hint}. For any other Hugging Face model, or a folder, add --bridge"
+        f"--model {name}: there is no such model; it is neither bundled ({', '.join(zoo.names()) or 'none'}) nor known "
+        f"to HookedTransformer{hint}. For any other Hugging Face model, or a folder, add --bridge"
     )
 
 
@@ -151,7 +162,7 @@ def _no_dictionaries(name: str) -> str:
     known = f"SAELens knows these transcoders for it: {', '.join(found)}" if found else (
         "SAELens lists no transcoders for it; give release:id, or a folder in SAELens' format"
     )  # fmt: skip
-    return f"{name} is not bundled, so --dictionaries is needed. {known}."
+    return f"--model {name}: not bundled, so --dictionaries is needed. {known}"
 
 
 def choose_device(device: str | None, *, cpu: bool = False) -> torch.device:

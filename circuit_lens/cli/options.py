@@ -60,6 +60,10 @@ BATCH_SIZE = Annotated[int | None, typer.Option(
     min=1, help="Rows computed at once: less memory, the same graph.", rich_help_panel=_GRAPH,
     show_default=False)]  # fmt: skip
 
+POOR_FIT = Annotated[bool, typer.Option(
+    "--allow-poor-fit", help="Go on where a dictionary explains less than nothing of an MLP.",
+    rich_help_panel=_GRAPH)]  # fmt: skip
+
 OUT = Annotated[str | None, typer.Option(
     help="A folder, or a file such as dallas.json that names all files (default: a folder named after the prompt).",
     rich_help_panel=_OUTPUT, show_default=False)]  # fmt: skip

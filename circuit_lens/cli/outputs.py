@@ -68,7 +68,10 @@ def write_all(stem: Path, writers: Mapping[str, Callable[[Path], object]]) -> li
         with contextlib.ExitStack() as stack:
             for path, write in zip(paths, writers.values(), strict=True):
                 temporary = stack.enter_context(atomic_path(path))
-                write(temporary)
+                try:
+                    write(temporary)
+                except GraphFileError as error:  # of a writer that is careful itself, about the temporary file
+                    raise GraphFileError(str(error).replace(str(temporary), str(path))) from error
                 _flush(temporary)
     except BaseException:
         for folder in made:

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Iterator
 
 _WARNINGS = (
-    "HookedTransformer is deprecated",
+    r"HookedTransformer(\.\w+)? is deprecated",
     "The 'utils' module has been deprecated",
     "`torch_dtype` is deprecated",
     "You are sending unauthenticated requests to the HF Hub",

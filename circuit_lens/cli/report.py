@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from circuit_lens.graph.records import Path
 
 _BAR = 20
-_PATHS_PER_TOKEN = 2
+_PATHS = 12
 
 
 def print_report(console: Console, graph: AttributionGraph, circuit: AttributionGraph, *, top: int) -> None:
@@ -33,7 +33,7 @@ def print_report(console: Console, graph: AttributionGraph, circuit: Attribution
     _print_logits(console, graph)
     _print_scores(console, graph, circuit)
     _print_features(console, graph, circuit, top)
-    _print_paths(console, graph)
+    _print_paths(console, circuit, _PATHS)
 
 
 def print_files(console: Console, paths: Sequence[FilePath]) -> None:
@@ -64,11 +64,10 @@ def print_layers(console: Console, layers: Sequence[LayerCheck]) -> None:
     for name in ("layer", "reads", "writes", "features", "explained variance", "L0", ""):
         table.add_column(name, justify="left" if name in ("reads", "writes", "") else "right", overflow="fold")
     for layer in layers:
+        size, explained = str(layer.n_features), f"{layer.explained:.3f}"
         style = "red" if layer.broken else "yellow" if layer.verdict else ""
-        table.add_row(
-            str(layer.layer), layer.reads, layer.writes, str(layer.n_features), Text(f"{layer.explained:.3f}", style=style),
-            f"{layer.l0:.1f}", Text(layer.verdict, style=style),
-        )  # fmt: skip
+        figures = size, Text(explained, style=style), f"{layer.l0:.1f}", Text(layer.verdict, style=style)
+        table.add_row(str(layer.layer), layer.reads, layer.writes, *figures)
     console.print(table)
 
 
@@ -174,25 +173,37 @@ def _print_features(console: Console, graph: AttributionGraph, circuit: Attribut
     console.print(table if table.row_count else Text("none", style="dim"))
 
 
-def _print_paths(console: Console, graph: AttributionGraph, n: int = 8) -> None:
-    best = graph.best_logit
+def _print_paths(console: Console, circuit: AttributionGraph, n: int) -> None:
+    best = circuit.best_logit
     grid = new_grid()
-    for path in strongest_paths(graph, n):
+    for path in sorted(paths_through(circuit, n), key=lambda path: -abs(path.weight)):
         steps = Text(" → ").join([_step(node) for node in path.nodes])
         steps.overflow = "fold"
         grid.add_row(Text(f"{path.weight:+.3f}", style="green" if path.weight > 0 else "red"), steps)
-    _section(console, f"Strongest paths to {shown(best.label)}", f"linear effect, at most {_PATHS_PER_TOKEN} per token")
+    _section(console, f"Paths to {shown(best.label)}", "the strongest through each of the most influential features")
     console.print(grid if grid.row_count else Text("none", style="dim"))
 
 
-def strongest_paths(graph: AttributionGraph, n: int) -> list[Path]:
-    """Return the n strongest paths from tokens through features to the strongest logit, at most two from one token."""
-    found: list[Path] = []
-    if graph.nodes.n_features:
-        features = list(range(graph.nodes.n_features))
-        for token in range(len(graph.nodes))[graph.nodes.slice_of("token")]:
-            found += graph.paths(token, graph.best_logit.id, k=_PATHS_PER_TOKEN, through=features)
-    return sorted(found, key=lambda path: -abs(path.weight))[:n]
+def paths_through(circuit: AttributionGraph, n: int) -> list[Path]:
+    """Return the strongest path from any token to the strongest logit through each of the n most influential features.
+
+    In the order of their influence, none twice. The strongest paths of all are many variants of one; these tell what
+    each feature that matters is there for.
+    """
+    tokens = list(range(len(circuit.nodes))[circuit.nodes.slice_of("token")])
+    found: dict[tuple[int, ...], Path] = {}
+    for ranked in circuit.top(n) if tokens else ():
+        for path in circuit.paths(tokens, circuit.best_logit.id, k=1, through=ranked.node.id):
+            found.setdefault(tuple(node.id for node in path.nodes), path)
+    return list(found.values())
+
+
+def paths_to_draw(circuit: AttributionGraph, n: int = 2) -> list[Path]:
+    """Return the paths that a figure emphasises: those of the most influential features, from different tokens."""
+    found: dict[int, Path] = {}
+    for path in paths_through(circuit, _PATHS):
+        found.setdefault(path.nodes[0].id, path)
+    return list(found.values())[:n]
 
 
 def _step(node: Node) -> Text:

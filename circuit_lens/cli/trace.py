@@ -13,6 +13,7 @@ from rich.console import Console
 from circuit_lens.cli import options
 from circuit_lens.cli.failing import CommandError, line_width
 from circuit_lens.cli.outputs import output_stem, write_all
+from circuit_lens.errors import ReconstructionError
 
 if TYPE_CHECKING:
     from circuit_lens.cli.loading import Pair
@@ -34,6 +35,7 @@ def trace(
     attention: options.ATTENTION = options.Linearised.frozen,
     mlp: options.MLP = options.Mlp.error,
     batch_size: options.BATCH_SIZE = None,
+    allow_poor_fit: options.POOR_FIT = False,
     out: options.OUT = None,
     top: options.TOP = 3,
     figure: options.FIGURE = True,
@@ -60,6 +62,7 @@ def trace(
     graph = _attribute(
         pair, prompt, targets or (), quiet=quiet, max_features=max_features, norms=norms.value,
         attention=attention.value, mlp=mlp.value, batch_size=batch_size,
+        min_explained=None if allow_poor_fit else 0.0,
     )  # fmt: skip
     circuit = graph.prune(node_threshold=node_threshold, edge_threshold=edge_threshold)
     with _working("Writing the files", quiet):
@@ -96,7 +99,11 @@ def _attribute(pair: Pair, prompt: str, targets: Any, *, quiet: bool, **settings
 
     progress = None if Console(stderr=True).is_terminal and not quiet else False
     with upstream_quiet():
-        return pair.rm.attribute(prompt, targets=parse_targets(targets), progress=progress, **settings)
+        try:
+            return pair.rm.attribute(prompt, targets=parse_targets(targets), progress=progress, **settings)
+        except ReconstructionError as error:
+            text = str(error).replace("pass min_explained=None", "add --allow-poor-fit")
+            raise ReconstructionError(text) from error
 
 
 def parse_targets(texts: Any) -> list[Any] | None:
@@ -118,7 +125,10 @@ def _write(stem: Path, graph: AttributionGraph, circuit: AttributionGraph, *, fi
 
         writers[".json"] = lambda path: to_json(circuit, path)
     if figure:
-        drawn = circuit.figure(title=graph.prompt)
+        from circuit_lens.cli.report import paths_to_draw
+        from circuit_lens.viewer.figure import figure as draw
+
+        drawn = draw(circuit, paths=paths_to_draw(circuit), title=graph.prompt)
         writers[".png"] = lambda path: drawn.savefig(path, format="png")
         writers[".svg"] = lambda path: drawn.savefig(path, format="svg", metadata={"Date": None})
     return write_all(stem, writers)
