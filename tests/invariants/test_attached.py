@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformer_lens import patching
 from transformer_lens.tools.analysis.attribution_patching import cache_activation_and_gradient
-from transformer_lens.utilities import get_act_name
+from transformer_lens.utilities.components_utils import get_act_name
 
 from circuit_lens import ReplacementModel
 from circuit_lens.dictionaries.attach import attached
@@ -377,7 +377,7 @@ def test_a_stale_input_of_an_earlier_pass_is_not_used() -> None:
         with pytest.raises(RuntimeError, match="between"):
             model.run_with_hooks(TOKENS, fwd_hooks=[("blocks.0.ln2.hook_normalized", stop)])
         model.set_use_hook_mlp_in(False)
-        with pytest.raises(HookError, match="did not fire"):
+        with pytest.raises(HookError, match=r"blocks\.0\.hook_mlp_in.*did not fire"):
             model(TOKENS)
 
 
@@ -513,6 +513,31 @@ def test_defect_6_the_users_hooks_stay_in_their_order(kind: Kind) -> None:
         model.reset_hooks(including_permanent=True)
 
 
+@pytest.mark.parametrize("when", ["before", "inside"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_users_hooks_on_the_output_see_and_edit_the_sum(kind: Kind, when: str) -> None:
+    rm, model = pair("gpt2", kind), model_of("gpt2", kind)
+    seen: dict[str, Tensor] = {}
+
+    def ablate(value: Tensor, hook: Any) -> Tensor:
+        seen["sum"] = value
+        return torch.zeros_like(value)
+
+    with torch.no_grad():
+        with rm.attached(error=False):
+            _, cache = model.run_with_cache(TOKENS)
+        with untouched(model):
+            if when == "before":
+                model.add_hook(SITE, ablate, is_permanent=True)
+            with ReplacementModel(model, modules_of("gpt2", kind)[:2]).attached(error=False):
+                if when == "inside":
+                    model.add_hook(SITE, ablate, is_permanent=True)
+                _, ablated = model.run_with_cache(TOKENS)
+            model.reset_hooks(including_permanent=True)
+    assert gap(seen["sum"], cache[SITE]) < EXACT  # the reconstruction, not the real output
+    assert ablated[SITE].eq(0).all()
+
+
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_defect_7_a_bridges_other_names_work_too(name: Architecture) -> None:
     rm, model = pair(name, "bridge"), model_of(name, "bridge")
@@ -584,7 +609,8 @@ def test_the_model_is_as_before_after_an_exception(
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_second_scope_on_a_model_raises_before_anything_is_touched(kind: Kind) -> None:
-    rm, model = pair("gpt2", kind), model_of("gpt2", kind)
+    model = model_of("gpt2", kind)
+    rm = ReplacementModel(model, modules_of("gpt2", kind)[1:2])
     other = ReplacementModel(model, builders.transcoders(model, hook_in="hook_mlp_in", layers=[2]))
     with torch.no_grad(), untouched(model):
         with rm.attached():
@@ -601,7 +627,7 @@ def test_a_second_scope_on_a_model_raises_before_anything_is_touched(kind: Kind)
 @pytest.mark.parametrize("kind", KINDS)
 def test_in_a_half_precision_model_dictionaries_compute_in_float32(kind: Kind, dtype: torch.dtype) -> None:
     model = builders.build("llama", kind, dtype=dtype)
-    rm = ReplacementModel(model, builders.transcoders(model, "jumprelu_skip"))
+    rm = ReplacementModel(model, builders.transcoders(model, "jumprelu_skip", hook_in="hook_resid_mid"))
     with torch.inference_mode():
         real = model(TOKENS)
         with rm.attached():
@@ -625,11 +651,15 @@ def test_every_gradient_mode_and_an_early_stop_work(kind: Kind, mode: Any) -> No
         assert gap(model(TOKENS), real) == 0
 
 
-def test_attribution_inside_a_scope_is_that_outside() -> None:
-    rm, tokens = pair("gpt2"), TOKENS[0]
-    outside = rm.attribute(tokens, targets=[5])
-    with rm.attached():
-        inside = rm.attribute(tokens, targets=[5])
+@pytest.mark.parametrize("hook", ["ln2.hook_normalized", "mlp.hook_in"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_attribution_inside_a_scope_is_that_outside(kind: Kind, hook: HookIn) -> None:
+    rm, tokens = pair("gpt2", kind, "transcoder", hook), TOKENS[0]
+    outside = rm.attribute(tokens, targets=[5], check=True)
+    with untouched(rm.model), rm.attached():
+        inside = rm.attribute(tokens, targets=[5], check=True)
+        with torch.no_grad():
+            assert FEATURES in rm.model.run_with_cache(TOKENS)[1]
     assert gap(torch.as_tensor(inside.adjacency), torch.as_tensor(outside.adjacency)) < 1e-9
 
 
