@@ -177,7 +177,8 @@ def _print_paths(console: Console, circuit: AttributionGraph, n: int) -> None:
     best = circuit.best_logit
     grid = new_grid()
     for path in sorted(paths_through(circuit, n), key=lambda path: -abs(path.weight)):
-        steps = Text(" → ").join([_step(node) for node in path.nodes])
+        before = (None, *path.nodes)
+        steps = Text(" → ").join([_step(node, last) for last, node in zip(before, path.nodes, strict=False)])
         steps.overflow = "fold"
         grid.add_row(Text(f"{path.weight:+.3f}", style="green" if path.weight > 0 else "red"), steps)
     _section(console, f"Paths to {shown(best.label)}", "the strongest through each of the most influential features")
@@ -206,11 +207,13 @@ def paths_to_draw(circuit: AttributionGraph, n: int = 2) -> list[Path]:
     return list(found.values())[:n]
 
 
-def _step(node: Node) -> Text:
+def _step(node: Node, last: Node | None) -> Text:
+    """A node of a path; where it is, if that is another position than the last one's."""
     kind = node.kind.name.lower()
     if kind in ("token", "logit"):
         return Text(shown(node.token if kind == "token" else node.label), style="bold")
-    text = Text(f"L{node.layer} #{node.index}" + f" at {shown(node.token)}")
+    moved = last is None or last.pos != node.pos
+    text = Text(f"L{node.layer} #{node.index}" + (f" at {shown(node.token)}" if moved else ""))
     if node.label:
         text.append(f" [{node.label}]", style="cyan")
     return text
