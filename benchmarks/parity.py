@@ -3,9 +3,9 @@
     make parity                      everything, about five minutes
     python -m benchmarks.parity --peer-python PYTHON [--cases NAME ...] [--no-speed]
 
-The peer runs in an environment of its own (PYTHON) on files that both sides read (see `parity_models`). Edges are compared
-on every pair of nodes that both graphs have: circuit-tracer knows no biases and no positions and zeroes features and errors
-at position 0. Exits with 1 if a difference exceeds its limit.
+The peer runs in an environment of its own (PYTHON) on files that both sides read (see `parity_models`). Edges are
+compared on every pair of nodes that both graphs have: circuit-tracer knows no biases and no positions and zeroes
+features and errors at position 0. Exits with 1 if a difference exceeds its limit.
 """
 
 from __future__ import annotations
@@ -106,7 +106,8 @@ def compare(case: Case, peer: PeerResult) -> Agreement:
 
     graph = graph_of(case, peer)
     nodes, n_pos, n_layers = graph.nodes, len(case.tokens), len(case.transcoders)
-    ours = list(zip(*(nodes.__getattribute__(k)[: nodes.n_features].tolist() for k in ("layer", "pos", "index")), strict=True))
+    places = (column[: nodes.n_features].tolist() for column in (nodes.layer, nodes.pos, nodes.index))
+    ours = list(zip(*places, strict=True))
     theirs = [tuple(f) for f in peer.active_features.tolist()]
     selected = [theirs[i] for i in peer.selected_features.tolist()]
     place = {feature: i for i, feature in enumerate(ours)}
@@ -129,7 +130,9 @@ def compare(case: Case, peer: PeerResult) -> Agreement:
     )
 
 
-def _edge_differences(mine: Tensor, peer: PeerResult, n_features: int, n_errors: int) -> tuple[float, float, float, float]:
+def _edge_differences(
+    mine: Tensor, peer: PeerResult, n_features: int, n_errors: int
+) -> tuple[float, float, float, float]:
     size = peer.adjacency.abs().amax(1, keepdim=True).clamp_min(torch.finfo(mine.dtype).tiny)
     gap = (mine - peer.adjacency.to(mine)).abs() / size
     rows, end = gap[:n_features], n_features + n_errors
@@ -137,7 +140,8 @@ def _edge_differences(mine: Tensor, peer: PeerResult, n_features: int, n_errors:
     def largest(part: Tensor) -> float:
         return float(part.max()) if part.numel() else 0.0
 
-    return largest(rows[:, :n_features]), largest(rows[:, n_features:end]), largest(rows[:, end:]), largest(gap[n_features:])
+    parts = (rows[:, :n_features], rows[:, n_features:end], rows[:, end:], gap[n_features:])
+    return largest(parts[0]), largest(parts[1]), largest(parts[2]), largest(parts[3])
 
 
 def _scores(
@@ -173,10 +177,8 @@ def _scores(
         mask = torch.zeros(len(table), dtype=torch.bool)
         mask[kept.node_ids] = True
         differ = int((mask != peer.node_mask).sum())
-    return (
-        float(gap.max()), abs(ours.replacement - peer.replacement_score), abs(ours.completeness - peer.completeness_score),
-        differ,
-    )  # fmt: skip
+    replacement = abs(ours.replacement - peer.replacement_score)
+    return float(gap.max()), replacement, abs(ours.completeness - peer.completeness_score), differ
 
 
 def run_peer(case: Case, folder: Path, python: str) -> PeerResult:
@@ -206,30 +208,25 @@ def measure_ours(path: Path, *, checks: bool) -> Measurement:
 def gemm_seconds(case: Case, n_features: int) -> float:
     """CPU seconds of the two matrix products per attention layer that the causal cone of the speed case needs.
 
-    Every target at position p of layer l crosses layers l..0 with gradients at positions 0..p; before its first layer it sits
-    at one position.
+    Every target at position p of layer l crosses layers l..0 with gradients at positions 0..p; before its first layer
+    it sits at one position.
     """
     n_pos, n_layers, width = len(case.tokens), case.config["n_layers"], case.config["d_model"]
     inner = case.config["n_heads"] * case.config["d_head"]
     per_place = n_features // (n_layers * (n_pos - 1))
     W_O, W_V = torch.randn(width, inner), torch.randn(inner, width)
+    gradients = torch.randn(per_place * n_layers * n_pos, width)
     start = time.process_time()
     for pos in range(1, n_pos):
         for layer in range(n_layers - 1, -1, -1):
             crossing = per_place * (n_layers - 1 - layer)
-            torch.randn(1)
             if crossing:
-                g = _BUFFER[: crossing * (pos + 1), :width]
-                torch.mm(g @ W_O, W_V)
+                torch.mm(gradients[: crossing * (pos + 1)] @ W_O, W_V)
     return time.process_time() - start
-
-
-_BUFFER = torch.zeros(0)
 
 
 def speed(folder: Path, python: str) -> bool:
     """Time both sides on the same case, one thread, fresh processes, alternating; print the figures."""
-    global _BUFFER
     case = speed_case()
     path = folder / "speed.case"
     write_case(path, case)
@@ -247,11 +244,11 @@ def speed(folder: Path, python: str) -> bool:
     best = min(zip(*runs, strict=True), key=lambda ms: _median([m.cpu_seconds for m in ms]))
     for measurements in zip(*runs, strict=True):
         seconds, memory = _median([m.cpu_seconds for m in measurements]), _median([m.peak_bytes for m in measurements])
-        print(f"  circuit-tracer, batch {measurements[0].batch_size:4d}: {seconds:6.2f} s, peak {memory / 2**20:6.0f} MiB")
+        batch = measurements[0].batch_size
+        print(f"  circuit-tracer, batch {batch:4d}: {seconds:6.2f} s, peak {memory / 2**20:6.0f} MiB")
     mine, mine_memory = _median([m.cpu_seconds for m in ours]), _median([m.peak_bytes for m in ours])
     theirs, their_memory = _median([m.cpu_seconds for m in best]), _median([m.peak_bytes for m in best])
     torch.set_num_threads(1)
-    _BUFFER = torch.randn(2 * n, case.config["d_model"])
     floor = min(gemm_seconds(case, n) for _ in range(3))
     print(f"  circuit_lens:               {mine:6.2f} s, peak {mine_memory / 2**20:6.0f} MiB")
     print(f"  matrix products of the causal cone alone: {floor:.2f} s")
@@ -274,7 +271,7 @@ def _median(values: list[float] | list[int]) -> float:
 def main() -> int:
     """Run the comparison; return the exit code."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--peer-python", default=".venv-parity/bin/python", help="interpreter with circuit-tracer 0.5.0")
+    parser.add_argument("--peer-python", default=".venv-parity/bin/python", help="Python with circuit-tracer 0.5.0")
     parser.add_argument("--cases", nargs="*", help="only these correctness cases")
     parser.add_argument("--no-speed", action="store_true")
     parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
@@ -288,7 +285,8 @@ def main() -> int:
     fine = True
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        cases = [c for c in [*correctness_cases(), *bundled_cases()] if not arguments.cases or c.name in arguments.cases]
+        wanted = arguments.cases
+        cases = [c for c in [*correctness_cases(), *bundled_cases()] if not wanted or c.name in wanted]
         for case in cases:
             agreement = compare(case, run_peer(case, folder, python))
             print(agreement, flush=True)

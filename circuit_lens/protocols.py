@@ -1,7 +1,8 @@
 """What circuit_lens needs of the libraries under it, as Protocols; nothing upstream is subclassed.
 
-Axis names used everywhere: ``n_pos`` positions, ``d_model`` residual width, ``d_in``/``d_out`` widths a dictionary reads
-and writes, ``d_sae`` features of a dictionary, ``n_out`` layers it writes to, ``n_heads``, ``d_head``, ``d_vocab``.
+Axis names used everywhere: ``n_pos`` positions, ``d_model`` residual width, ``d_in``/``d_out`` widths a dictionary
+reads and writes, ``d_sae`` features of a dictionary, ``n_out`` layers it writes to, ``n_heads``, ``d_head``,
+``d_vocab``.
 """
 
 from __future__ import annotations
@@ -38,8 +39,8 @@ class Dictionary(Protocol):
     """A sparse dictionary on hook points: reads one, writes one or more.
 
     ``pre = x @ W_enc + b_enc``, ``acts = activation(pre)``, and the contribution to output ``o`` is
-    ``acts @ W_dec[:, o] + b_dec[o] + skip_o(x)``. A transcoder has one output, the MLP output of its layer; a cross-layer
-    transcoder has one for every layer from its own; an SAE writes where it reads.
+    ``acts @ W_dec[:, o] + b_dec[o] + skip_o(x)``. A transcoder has one output, the MLP output of its layer; a
+    cross-layer transcoder has one for every layer from its own; an SAE writes where it reads.
 
     Attributes:
         site: Name of the dictionary, unique on its model; the (first) hook it writes to.

@@ -27,8 +27,8 @@ class ReplacementModel:
 
     Args:
         model: A HookedTransformer or TransformerBridge; it is never changed.
-        dictionaries: SAELens transcoders as they come, or objects that follow ``circuit_lens.protocols.Dictionary``; at most
-            one per layer. A layer without one keeps its real MLP.
+        dictionaries: SAELens transcoders as they come, or objects that follow ``circuit_lens.protocols.Dictionary``;
+            at most one per layer. A layer without one keeps its real MLP.
         label: Label of a feature by site, layer and index, copied into graphs.
 
     Raises:
@@ -85,11 +85,12 @@ class ReplacementModel:
             engine: ``"auto"``, or one of ``"fast"`` and ``"reference"``.
             zero_positions: Positions at which no feature is active by decree (peers do so at position 0).
             check: Check linearity, reconstruction and inputs before anything is computed.
-            min_explained: Least share of the MLP output's square that every dictionary must explain on the prompt (first
-                position left out); None uses any dictionary.
+            min_explained: Least share of the MLP output's square that every dictionary must explain on the prompt
+                (first position left out); None uses any dictionary.
 
         Raises:
-            TokensError, HookError, CacheError, ConsistencyError, ReconstructionError, LinearizationError: See their texts.
+            CircuitLensError: What does not fit: TokensError (the prompt), HookError, CacheError, ConsistencyError (the
+                run), ReconstructionError (a dictionary), LinearizationError (hooks that do not hold).
             ValueError: An option that is not one of the listed ones, or hooks together with a cache.
         """
         settings = Settings(norms, attention, mlp, engine, tuple(zero_positions), check, min_explained)
@@ -129,18 +130,19 @@ class ReplacementModel:
 
         Args:
             prompt: Text, or token ids ``[n_pos]`` or ``[1, n_pos]``.
-            targets: What to explain. None: the most probable next tokens (``cl.salient_logits()``). Token strings or ids;
-                ``cl.logit_difference(a, b)``; ``cl.direction(vector)``; ``cl.Feature(...)``; any function from logits
-                ``[1, n_pos, d_vocab]`` to a scalar, linearised at the run; or a list of these.
+            targets: What to explain. None: the most probable next tokens (``cl.salient_logits()``). Token strings or
+                ids; ``cl.logit_difference(a, b)``; ``cl.direction(vector)``; ``cl.Feature(...)``; any function from
+                logits ``[1, n_pos, d_vocab]`` to a scalar, linearised at the run; or a list of these.
             max_features: At most this many features become nodes; the others are summed into rest nodes.
             rerank_every: Rows after which influence is computed anew to choose the next features (default 256).
             batch_size: Rows computed at once; bounds memory, does not change the graph.
             progress: Show a progress bar; None shows it for work that takes more than two seconds.
-            cache, batch_index, fwd_hooks, norms, attention, mlp, engine, zero_positions, check, min_explained: See :meth:`local`.
+            cache, batch_index, fwd_hooks: See :meth:`local`.
+            norms, attention, mlp, engine, zero_positions, check, min_explained: See :meth:`local`.
 
         Raises:
             TargetError: A target that is not one token, an unknown feature, a metric that is no differentiable scalar.
-            TokensError, HookError, CacheError, ConsistencyError, ReconstructionError, LinearizationError: See :meth:`local`.
+            CircuitLensError: As :meth:`local`.
         """
         local = self.local(
             prompt,
@@ -162,13 +164,13 @@ class ReplacementModel:
     def attached(self, *, error: bool = True) -> AbstractContextManager[Any]:
         """Put the dictionaries on the model's hook points for a ``with`` block.
 
-        Inside it, ``blocks.1.hook_mlp_out.pre_acts``, ``.features`` and ``.error`` are ordinary hook points of the model: in
-        caches, and for ``run_with_hooks``, ``hooks``, ``add_hook`` and TransformerLens' ``patching``. See
+        Inside it, ``blocks.1.hook_mlp_out.pre_acts``, ``.features`` and ``.error`` are ordinary hook points of the
+        model: in caches, and for ``run_with_hooks``, ``hooks``, ``add_hook`` and TransformerLens' ``patching``. See
         :func:`circuit_lens.dictionaries.attach.attached`.
 
         Args:
-            error: Add what the dictionaries miss, so that the model's output stays. False: the reconstruction replaces the
-                output, and the error points hold zeros.
+            error: Add what the dictionaries miss, so that the model's output stays. False: the reconstruction
+                replaces the output, and the error points hold zeros.
 
         Raises:
             HookError: Dictionaries are attached to the model already, or (in a forward pass) a hook did not fire.
@@ -176,7 +178,7 @@ class ReplacementModel:
         return attached(self.binding, error=error)
 
     def feature_acts(self, cache: Cache) -> dict[str, Tensor]:
-        """Return feature activations ``[batch, pos, d_sae]`` by site, from a cache made with or without :meth:`attached`.
+        """Return feature activations ``[batch, pos, d_sae]`` by site, from a cache of any run.
 
         A cache that holds ``names_filter()`` is enough. See :func:`circuit_lens.dictionaries.attach.feature_acts`.
 
@@ -198,5 +200,3 @@ class ReplacementModel:
         kinds = ", ".join(f"{d.site} ({d.kind}, {d.d_sae})" for d in self.dictionaries)
         name = getattr(self.binding.model.cfg, "model_name", type(self.binding.model).__name__)
         return f"ReplacementModel({name}; {kinds or 'no dictionaries'})"
-
-

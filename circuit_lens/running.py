@@ -56,7 +56,8 @@ def _ids_to_tokens(prompt: Tensor | Sequence[int]) -> Tensor:
             tokens = prompt.detach().clone() if isinstance(prompt, Tensor) else torch.tensor(list(prompt))
         except (TypeError, ValueError) as error:
             raise TokensError(
-                f"{prompt!r:.80} is no prompt; give text, or the token ids of one prompt as a tensor or a list of integers"
+                f"{prompt!r:.80} is no prompt; give text, or the token ids of one prompt as a tensor or a list of "
+                "integers"
             ) from error
     if tokens.numel() and (tokens.is_floating_point() or tokens.dtype == torch.bool):
         raise TokensError(f"token ids must be integers, not {tokens.dtype}; give text or ids")
@@ -176,6 +177,6 @@ def require_finite(name: str, value: Tensor) -> None:
     """Raise ConsistencyError if the tensor holds NaN or infinity."""
     if not bool(torch.isfinite(value).all()):
         raise ConsistencyError(
-            f"{name} holds NaN or infinite values, so nothing can be attributed; run the model in a wider dtype or find "
-            "the hook that makes them"
+            f"{name} holds NaN or infinite values, so nothing can be attributed; run the model in a wider dtype or "
+            "find the hook that makes them"
         )

@@ -57,9 +57,10 @@ class Columns:
         return list(itertools.pairwise(cuts))
 
     def place(self, rows: Float[Tensor, "n n_columns"], out: Tensor, at: Sequence[int], layers: Sequence[int]) -> None:
-        """Write rows, gathered to nodes, into ``out[at]``. Nodes of layers above a row's target are zero and not touched.
+        """Write rows, gathered to nodes, into ``out[at]``.
 
-        Not touching them keeps half of a zero matrix that the system hands out lazily from ever being resident.
+        Nodes of layers above a row's target are zero and not touched, which keeps half of a
+        zero matrix that the system hands out lazily from ever being resident.
         """
         if self._plain:
             member = (self.member[self.n_features :] - self.n_features).to(rows.device)
@@ -95,8 +96,8 @@ def _as_slice(indices: Sequence[int]) -> slice | Tensor:
 def lazy_zeros(shape: tuple[int, int], dtype: torch.dtype) -> Float[Tensor, "n m"]:
     """Return a zero matrix in main memory, column by column, whose pages become resident when they are written.
 
-    A source only reaches targets of later layers, which are the later rows: the zero head of each column is never written,
-    so that a graph takes about half of its full matrix.
+    A source only reaches targets of later layers, which are the later rows: the zero head of each column is
+    never written, so that a graph takes about half of its full matrix.
     """
     shape = shape[1], shape[0]
     size = shape[0] * shape[1] * torch.empty(0, dtype=dtype).element_size()

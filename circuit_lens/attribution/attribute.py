@@ -23,8 +23,8 @@ from circuit_lens.running import token_string
 
 _RERANK_EVERY = 256
 _PART = 1024  # features whose encoder rows are held at once
-# Largest difference of a fast row from the reference, relative to the row's largest entry, per dtype of the model. A bridge
-# computes some norms in float32 even in a float64 model, hence the first.
+# Largest difference of a fast row from the reference, relative to the row's largest entry, per dtype of the model. A
+# bridge computes some norms in float32 even in a float64 model, hence the first.
 AGREEMENT = {torch.float64: 5e-6, torch.float32: 1e-4, torch.float16: 5e-2, torch.bfloat16: 0.2}
 
 
@@ -84,8 +84,8 @@ def expand(local: LocalReplacementModel, graph: AttributionGraph, node: Any) -> 
 class _Builder:
     """Computes rows, chooses features, and lays the graph out.
 
-    When all active features are nodes, rows go straight into the graph's adjacency; otherwise they are kept by column until
-    it is known which columns are nodes.
+    When all active features are nodes, rows go straight into the graph's adjacency; otherwise they are kept by
+    column until it is known which columns are nodes.
     """
 
     def __init__(
@@ -130,7 +130,8 @@ class _Builder:
     def _compute_chosen(self) -> None:
         """Compute the rows of the chosen features, in the order of their columns."""
         columns, adjacency = self.layout = self._lay_out()
-        # By position, as rows are swept, and in parts: the encoder rows of all targets at once would be a matrix of their own.
+        # By position, as rows are swept, and in parts: the encoder rows of all targets at once would be a matrix of
+        # their own.
         order = torch.argsort(self.local.feature_positions()[self.chosen], stable=True)
         for part in order.split(_PART):
             part = part.sort().values
@@ -261,8 +262,9 @@ class _Builder:
         if local.settings.check and not worst <= limit:
             raise ConsistencyError(
                 f"rows of the graph miss their targets' values by {worst:.1e} of their size (limit {limit:.0e}, engine "
-                f"{local.engine}): the model does something at this prompt that no source explains. A hook of yours may edit "
-                "it where attention is not known as linear maps; pass check=False to get the graph all the same"
+                f"{local.engine}): the model does something at this prompt that no source explains. A hook of yours "
+                "may edit it where attention is not known as linear maps; pass check=False to get the graph all the "
+                "same"
             )
 
     def _logit_section(self) -> Section:
@@ -330,8 +332,8 @@ def _resolve_again(local: LocalReplacementModel, graph: AttributionGraph) -> lis
         node = graph.node(i)
         if node.index >= d_vocab:
             raise TargetError(
-                f"the target {node.label!r} is no token, and a saved graph does not hold it; call graph.expand(node) on the "
-                "graph as it was made, or attribute again"
+                f"the target {node.label!r} is no token, and a saved graph does not hold it; call graph.expand(node) "
+                "on the graph as it was made, or attribute again"
             )
         resolved += local.resolve(TokenLogits((node.index,), node.pos))
     return resolved

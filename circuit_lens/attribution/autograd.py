@@ -1,8 +1,8 @@
 """The reference: rows of a graph by autograd through the model itself, with hooks that hold what must be constant.
 
-Slow, but it knows nothing of a block's inside: attention queries and keys, patterns, norm denominators and MLP outputs are
-held at hook points, and everything else is whatever the model computes. The fast path must equal it. It also linearises
-attention to first order (queries, keys and softmax) when those are not held.
+Slow, but it knows nothing of a block's inside: attention queries and keys, patterns, norm denominators and MLP
+outputs are held at hook points, and everything else is whatever the model computes. The fast path must equal it. It
+also linearises attention to first order (queries, keys and softmax) when those are not held.
 """
 
 from __future__ import annotations
@@ -335,9 +335,9 @@ def check_linearity(hooks: FrozenHooks) -> float:
     default = "blocks.0.hook_resid_pre" if error == float("inf") else "ln_final.hook_normalized"
     leak = next((n for n, e in errors.items() if e > limit), default)
     raise LinearizationError(
-        f"the frozen model is not linear: additivity error {error:.1e} (limit {limit:.0e}), first at {leak}. A hook that "
-        "should hold a constant is ignored there by the model, or a hook of yours edits activations nonlinearly; the graph "
-        "would be wrong, so none is made"
+        f"the frozen model is not linear: additivity error {error:.1e} (limit {limit:.0e}), first at {leak}. A hook "
+        "that should hold a constant is ignored there by the model, or a hook of yours edits activations nonlinearly; "
+        "the graph would be wrong, so none is made"
     )
 
 
@@ -346,8 +346,8 @@ def _additivity(
 ) -> dict[str, float]:
     """Return, for each hook point in the order of the forward pass, the additivity error of its value.
 
-    ``dead`` is the error of a value that does not depend on the stream: held where a constant is wanted, but at the end of
-    the model a sign that edits of the stream are ignored.
+    ``dead`` is the error of a value that does not depend on the stream: held where a constant is wanted, but at the
+    end of the model a sign that edits of the stream are ignored.
     """
     seen: list[dict[str, Tensor]] = []
     for delta in (torch.zeros_like(a), a, b, a + b):

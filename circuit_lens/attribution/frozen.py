@@ -1,9 +1,9 @@
 """The frozen pass: one prompt's local replacement model, computed once, with everything that must be constant held.
 
 The residual stream is rebuilt from its parts: embeddings, attention with constant pattern and denominators, and the MLP
-outputs as the run had them. Pre-activations, activations and errors are those of this pass, so rows conserve exactly. Where
-the run's own residual stream departs from the rebuilt one, somebody edited it: the difference is a patch, a source of its
-own.
+outputs as the run had them. Pre-activations, activations and errors are those of this pass, so rows conserve
+exactly. Where the run's own residual stream departs from the rebuilt one, somebody edited it: the difference is a
+patch, a source of its own.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from circuit_lens.errors import ConsistencyError
 from circuit_lens.hooks import present_hooks
 from circuit_lens.protocols import HookedModel
 
-# Relative difference of a residual vector, per dtype of the run, above which it was edited rather than rounded. A bridge
-# computes some norms in float32 even in a float64 model, hence the first.
+# Relative difference of a residual vector, per dtype of the run, above which it was edited rather than rounded. A
+# bridge computes some norms in float32 even in a float64 model, hence the first.
 PATCH_LIMIT = {torch.float64: 1e-5, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 8e-2}
 # Relative difference of the logits from the model's own, above which the frozen model is not the model.
 GAP_LIMIT = {torch.float64: 1e-5, torch.float32: 1e-5, torch.float16: 2e-2, torch.bfloat16: 8e-2}
@@ -37,7 +37,7 @@ GAP_LIMIT = {torch.float64: 1e-5, torch.float32: 1e-5, torch.float16: 2e-2, torc
 
 @dataclass(frozen=True)
 class Patch:
-    """An edit of the residual stream: where it enters (``resid_pre``, ``resid_mid``, ``resid_post``) and what it adds."""
+    """An edit of the residual stream: where it enters (``resid_pre``, ``_mid``, ``_post``) and what it adds."""
 
     layer: int
     site: str
@@ -92,10 +92,12 @@ class FrozenModel:
 
     @property
     def n_layers(self) -> int:
+        """Number of blocks."""
         return len(self.mlp_out)
 
     @property
     def n_pos(self) -> int:
+        """Number of positions."""
         return len(self.tokens)
 
     def capped_logits(self) -> Float[Tensor, "n_pos d_vocab"]:
@@ -225,8 +227,8 @@ class _Stream:
         if self.values.from_cache:
             raise ConsistencyError(
                 f"the cache does not fit this model: its residual stream departs from the model's weights at "
-                f"{self.different} of {self.checked_vectors} places, first at {where}. Was it made with other weights or "
-                "another processing (from_pretrained against from_pretrained_no_processing), or on other tokens?"
+                f"{self.different} of {self.checked_vectors} places, first at {where}. Was it made with other weights "
+                "or another processing (from_pretrained against from_pretrained_no_processing), or on other tokens?"
             )
         raise MapsUnavailableError(
             f"the model's residual stream is not norm, attention with constant pattern, and MLP: it departs at {where}"
@@ -245,7 +247,7 @@ def _gap(values: RunValues, logits: Float[Tensor, "n_pos d_vocab"], cap: float |
     limit = GAP_LIMIT.get(values.native, 1e-2)
     if gap > limit:
         raise ConsistencyError(
-            f"the model's logits differ from those of its residual stream by {gap:.1e} of the largest (limit {limit:.0e}): "
-            "a hook edits the last norm or the unembedding, or the model adds something after the blocks"
+            f"the model's logits differ from those of its residual stream by {gap:.1e} of the largest (limit "
+            f"{limit:.0e}): a hook edits the last norm or the unembedding, or the model adds something after the blocks"
         )
     return gap

@@ -24,8 +24,8 @@ Vectors = dict[tuple[Stage, int], Float[Tensor, "n_pos d_model"]]
 class HeadLoadings:
     """An edge by the head that brings the source to the target's position last.
 
-    Every path from source to target either crosses no attention layer (the bypass) or has a last one, whose output lands at
-    the target's position: these shares are disjoint and sum to the edge.
+    Every path from source to target either crosses no attention layer (the bypass) or has a last one, whose output
+    lands at the target's position: these shares are disjoint and sum to the edge.
 
     Attributes:
         source, target: Names.

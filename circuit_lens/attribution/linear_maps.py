@@ -1,12 +1,13 @@
-"""The frozen linear maps of a block: norms with constant (or linearised) denominators, attention with constant patterns.
+"""The frozen linear maps of a block: norms with constant or linearised denominators, constant attention patterns.
 
 With its denominator and the attention pattern held at one prompt's values, a block's norm and attention are affine maps
-of the residual stream (Ameisen et al. 2025, Circuit Tracing, "local replacement model"; Elhage et al. 2021). This module
-reads them off the model's own weights and gives them forwards and as adjoints. Norm gains and biases are measured through
-the norm module rather than read, since what a module stores differs between classes (w, or w with a gain of 1 + w).
+of the residual stream (Ameisen et al. 2025, Circuit Tracing, "local replacement model"; Elhage et al. 2021). This
+module reads them off the model's own weights and gives them forwards and as adjoints. Norm gains and biases are
+measured through the norm module rather than read, since what a module stores differs between classes (w, or w with a
+gain of 1 + w).
 
-Adjoints act on tensors ``[pos, target, d_model]`` for the positions ``0..n_query - 1``, or on ``[target, d_model]`` at one
-position; forward maps act on ``[pos, d_model]``.
+Adjoints act on tensors ``[pos, target, d_model]`` for the positions ``0..n_query - 1``, or on ``[target, d_model]``
+at one position; forward maps act on ``[pos, d_model]``.
 """
 
 from __future__ import annotations
@@ -66,8 +67,8 @@ class BlockWeights:
 class ModelWeights:
     """The linear parts of a model, in the dtype attribution computes in.
 
-    ``parallel``: attention and MLP of a block read the same residual stream (GPT-NeoX). ``unavailable``: why attention is
-    not known as linear maps (the reference path is then needed); None where it is.
+    ``parallel``: attention and MLP of a block read the same residual stream (GPT-NeoX). ``unavailable``: why
+    attention is not known as linear maps (the reference path is then needed); None where it is.
     """
 
     blocks: tuple[BlockWeights, ...]
@@ -85,8 +86,9 @@ class ModelWeights:
 class FrozenNorm:
     """A norm at one prompt.
 
-    ``linear=False``: the denominator is a constant, ``x -> center(x) / scale``. ``linear=True``: the norm's own Jacobian,
-    ``x -> (center(x) - n * mean(n * center(x))) / scale`` with ``n`` the normalised value, and a constant part.
+    ``linear=False``: the denominator is a constant, ``x -> center(x) / scale``. ``linear=True``: the norm's own
+    Jacobian, ``x -> (center(x) - n * mean(n * center(x))) / scale`` with ``n`` the normalised value, and a constant
+    part.
     """
 
     weights: NormWeights
@@ -129,7 +131,7 @@ class FrozenNorm:
 
 
 class FrozenAttention:
-    """An attention layer at one prompt, with its norms: ``resid -> norm -> values -> pattern -> output (-> post-norm)``.
+    """An attention layer at one prompt, with its norms: norm, values, pattern, output, and a post-norm if there is one.
 
     Args:
         weights: Value and output maps.
@@ -198,8 +200,8 @@ class FrozenAttention:
     ) -> Float[Tensor, "n_query n_target d_model"]:
         """Pull gradients at the attention output back to the residual stream, with folded maps.
 
-        Causal: a gradient at query positions ``< n_query`` reaches only those positions. With ``add`` the result is added to
-        ``g`` itself (the bypass around attention), in place.
+        Causal: a gradient at query positions ``< n_query`` reaches only those positions. With ``add`` the result is
+        added to ``g`` itself (the bypass around attention), in place.
         """
         n_query, n_target, width = g.shape
         after = g if self.norm_out is None or not self.norm_out.linear else self._after(g)

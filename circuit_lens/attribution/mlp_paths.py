@@ -1,4 +1,4 @@
-"""The linear path through an MLP that stays open in the frozen model: a transcoder's skip, or the MLP's own Jacobian."""
+"""The linear path through an MLP that stays open: a transcoder's skip, or the MLP's own Jacobian."""
 
 from __future__ import annotations
 
@@ -18,13 +18,17 @@ from circuit_lens.protocols import Dictionary
 class MlpPath(Protocol):
     """A linear map from the residual stream that enters the MLP branch to what the branch adds to it."""
 
-    def linear(self, base: Float[Tensor, "n_pos d_model"]) -> Float[Tensor, "n_pos d_model"]: ...
+    def linear(self, base: Float[Tensor, "n_pos d_model"]) -> Float[Tensor, "n_pos d_model"]:
+        """Apply the path."""
+        ...
 
     def norm_bias(self) -> Float[Tensor, "n_pos d_model"]:
         """Return what the constants of the norms around it add to the residual stream."""
         ...
 
-    def adjoint(self, g: Float[Tensor, "*target d_model"], where: Where) -> Float[Tensor, "*target d_model"]: ...
+    def adjoint(self, g: Float[Tensor, "*target d_model"], where: Where) -> Float[Tensor, "*target d_model"]:
+        """Pull a gradient at the MLP branch's output back to the residual stream that enters it."""
+        ...
 
 
 def read_value(kind: Read, norm: FrozenNorm, base: Float[Tensor, "n_pos d_model"]) -> Float[Tensor, "n_pos d_model"]:

@@ -214,8 +214,8 @@ class LocalReplacementModel:
             limit = {torch.float64: 1e-5, torch.float32: 1e-3}.get(self.values.native, 0.1)
             if error > limit:
                 raise ConsistencyError(
-                    f"{hook} in the run differs by {error:.1e} from what the residual stream gives: something edits it there. "
-                    "Edit the residual stream or a feature instead, or pass check=False"
+                    f"{hook} in the run differs by {error:.1e} from what the residual stream gives: something edits "
+                    "it there. Edit the residual stream or a feature instead, or pass check=False"
                 )
 
     def _check_reconstruction(self) -> None:
@@ -225,10 +225,10 @@ class LocalReplacementModel:
             if least is None or explained >= least:
                 continue
             raise ReconstructionError(
-                f"{f.dictionary} does not reconstruct this model's MLP output: it explains {explained:.0%} of it (least: "
-                f"{least:.0%}).{self._better_input(f)} Its input hook may be another one, or the model's weights are "
-                "processed in a way it was not trained on: load the model with from_pretrained_no_processing. To use it all "
-                "the same pass min_explained=None"
+                f"{f.dictionary} does not reconstruct this model's MLP output: it explains {explained:.0%} of it "
+                f"(least: {least:.0%}).{self._better_input(f)} Its input hook may be another one, or the model's "
+                "weights are processed in a way it was not trained on: load the model with "
+                "from_pretrained_no_processing. To use it all the same pass min_explained=None"
             )
 
     def _better_input(self, f: ActiveFeatures) -> str:
@@ -255,7 +255,7 @@ class LocalReplacementModel:
 
     @property
     def explained(self) -> dict[str, float]:
-        """Per dictionary, the share of the MLP output's square that it explains on this prompt, first position left out."""
+        """Per dictionary, the share of the MLP output's square that it explains here, first position left out."""
         pairs = zip(self.sources.features, self.sources.explained, strict=True)
         return {f.dictionary.site: e for f, e in pairs}
 
@@ -359,7 +359,7 @@ class LocalReplacementModel:
     def row_blocks(
         self, targets: Targets, *, batch_size: int | None = None, engine: str | None = None
     ) -> Iterator[tuple[list[int], Float[Tensor, "n_block n_columns"]]]:
-        """Yield rows over all columns (see :class:`Sources`), block by block, by this model's engine or the one named."""
+        """Yield rows over all columns (see :class:`Sources`), by this model's engine or the one named."""
         if not len(targets):
             return
         if (engine or self.engine) == "fast":
@@ -375,7 +375,7 @@ class LocalReplacementModel:
         return out
 
     def row(self, target: Feature | Node | Any) -> Row:
-        """Return the row of one target: an active feature, or anything ``attribute(targets=)`` takes that is one target.
+        """Return the row of one target: an active feature, or whatever ``attribute(targets=)`` takes, if it is one.
 
         Raises:
             NodeNotFoundError: The feature is not active.
@@ -405,7 +405,7 @@ class LocalReplacementModel:
         )  # fmt: skip
 
     def heads(self, source: Any, target: Any) -> HeadLoadings:
-        """Split an edge by the attention head through which the source last reaches the target's position, and the bypass.
+        """Split an edge by the head through which the source last reaches the target's position, and the bypass.
 
         Args:
             source: A feature, a node, or the name of a source node.

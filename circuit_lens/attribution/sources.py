@@ -1,7 +1,8 @@
 """Sources of a prompt's graph, as vectors in the residual stream and columns of a row.
 
-Columns, while rows are computed: every active feature, ordered by (dictionary, position, index) with dictionaries in the
-order the model computes them, then blocks of ``n_pos`` columns, one for each kind of source that exists once per position.
+Columns, while rows are computed: every active feature, ordered by (dictionary, position, index) with dictionaries in
+the order the model computes them, then blocks of ``n_pos`` columns, one for each kind of source that exists once per
+position.
 """
 
 from __future__ import annotations
@@ -94,10 +95,12 @@ class Sources:
 
     @cached_property
     def n_features(self) -> int:
+        """Number of active features."""
         return sum(len(f) for f in self.features)
 
     @cached_property
     def n_columns(self) -> int:
+        """Number of columns of a row."""
         return self.n_features + len(self.points) * self.n_pos
 
     def column(self, point: int) -> int:
@@ -134,9 +137,10 @@ def collect(
         model: The model, for the Jacobians of MLPs without dictionary.
         frozen: The frozen pass.
         dictionaries: In the order the model computes them.
-        mlp: What an MLP without dictionary is: ``"error"``, its output an error node; ``"jacobian"``, its local Jacobian.
-        attention_constants: What each attention layer adds that depends on no source, where the reference path found it;
-            None takes it from the linear maps, biases and norms apart.
+        mlp: What an MLP without dictionary is: ``"error"``, its output an error node; ``"jacobian"``, its local
+            Jacobian.
+        attention_constants: What each attention layer adds that depends on no source, where the reference path found
+            it; None takes it from the linear maps, biases and norms apart.
         zero_positions: Positions at which no feature is active by decree (peers do this at position 0).
     """
     features: list[ActiveFeatures] = []
@@ -244,8 +248,8 @@ def _through_post_norm(
     assert post is not None
     if post.linear or post.weights.centered:
         raise DictionaryError(
-            "a dictionary that writes before a post-norm needs norms='frozen' and a norm without centring; use one that "
-            f"writes blocks.{layer}.hook_mlp_out"
+            "a dictionary that writes before a post-norm needs norms='frozen' and a norm without centring; use one "
+            f"that writes blocks.{layer}.hook_mlp_out"
         )
     gain = post.weights.gain / post.scale
     return vectors * gain[pos], bias * gain + post.constant_output()

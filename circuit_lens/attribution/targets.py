@@ -1,7 +1,7 @@
 """What a graph explains: logits, differences, directions, features, or any scalar of the logits.
 
-Every target becomes a linear read-out of the frozen model: a vector at a hook, a constant that belongs to the target alone,
-and a value. A logit is read before any soft-cap and minus the mean over the vocabulary (Ameisen et al. 2025).
+Every target becomes a linear read-out of the frozen model: a vector at a hook, a constant that belongs to the target
+alone, and a value. A logit is read before any soft-cap and minus the mean over the vocabulary (Ameisen et al. 2025).
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ def logit_difference(token: int | str, other: int | str, *, pos: int | str = -1)
 
 
 def direction(vector: Float[Tensor, "d_model"], *, pos: int | str = -1, name: str = "direction") -> Direction:
-    """Explain the inner product of ``vector`` with the last norm's output at a position (a column of W_U is a logit)."""
+    """Explain the inner product of ``vector`` with the last norm's output (a column of W_U gives a logit)."""
     return Direction(vector, pos, name)
 
 

@@ -194,8 +194,8 @@ def _check_shapes(values: Mapping[str, Tensor], n_pos: int, names: Sequence[str]
         found = shape[-2] if len(shape) >= 2 else -1
         if found != n_pos or (name.endswith("hook_pattern") and shape[-1] != n_pos):
             raise CacheError(
-                f"{name} in the cache has shape {shape}, the prompt has {n_pos} positions; give the tokens the cache was "
-                "made on, and no pos_slice"
+                f"{name} in the cache has shape {shape}, the prompt has {n_pos} positions; give the tokens the cache "
+                "was made on, and no pos_slice"
             )
 
 
@@ -214,6 +214,6 @@ def _check_tokens(model: HookedModel, tokens: Int[Tensor, "n_pos"], embed: Float
         if closeness > 0.99:
             mine, its = token_string(model, int(tokens[pos])), token_string(model, int(token))
             raise ConsistencyError(
-                f"the cache belongs to other tokens: at position {pos} it holds the embedding of {its!r} (id {int(token)}), "
-                f"the given prompt has {mine!r} there; give the tokens that the cache was made on"
+                f"the cache belongs to other tokens: at position {pos} it holds the embedding of {its!r} (id "
+                f"{int(token)}), the given prompt has {mine!r} there; give the tokens that the cache was made on"
             )

@@ -42,8 +42,8 @@ class Binding:
 
     def fingerprints(self) -> dict[str, str]:
         """Return hashes of the model's and the dictionaries' weights, for manifests."""
-        parameters: Mapping[str, Any] = {n: p for n, p in self.model.named_parameters()}  # type: ignore[attr-defined]
-        return {"model": fingerprint(dict(parameters))} | {d.site: d.fingerprint() for d in self.dictionaries}
+        parameters = dict(self.model.named_parameters())  # type: ignore[attr-defined]
+        return {"model": fingerprint(parameters)} | {d.site: d.fingerprint() for d in self.dictionaries}
 
 
 def bind(model: HookedModel, dictionaries: Iterable[Any]) -> Binding:
@@ -51,12 +51,12 @@ def bind(model: HookedModel, dictionaries: Iterable[Any]) -> Binding:
 
     Raises:
         HookError: A dictionary's hook that the model does not have.
-        DictionaryError: No hooked model, a dictionary that cannot be attributed, a wrong width or layer, two on one site.
+        DictionaryError: No hooked model, a dictionary that cannot be attributed, a wrong width or layer, two on a site.
     """
     if not isinstance(model, HookedModel) or not hasattr(model.cfg, "n_layers"):
         raise DictionaryError(
-            f"{type(model).__name__} is no hooked model; give a HookedTransformer or a TransformerBridge (for a Hugging "
-            "Face model: TransformerBridge.boot_transformers(name))"
+            f"{type(model).__name__} is no hooked model; give a HookedTransformer or a TransformerBridge (for a "
+            "Hugging Face model: TransformerBridge.boot_transformers(name))"
         )
     if isinstance(dictionaries, Mapping):
         dictionaries = list(dictionaries.values())
@@ -77,7 +77,8 @@ def _check_sites(dictionaries: Sequence[Dictionary]) -> None:
         for layer in dictionary.out_layers:
             if layer in written:
                 raise DictionaryError(
-                    f"two dictionaries write to the MLP output of layer {layer}: {written[layer]} and {dictionary}; give one"
+                    f"two dictionaries write to the MLP output of layer {layer}: {written[layer]} and {dictionary}; "
+                    "give one"
                 )
             written[layer] = dictionary
 
@@ -101,7 +102,8 @@ def _check_hooks(model: HookedModel, dictionary: Dictionary) -> None:
     # A norm's output has no hook point on every class; it is then computed from the normalised value, gain and bias.
     computed = kind is Read.NORM_OUTPUT and has_hook(model, f"blocks.{layer}.ln2.hook_normalized")
     if not computed and not has_hook(model, dictionary.hook_in):
-        raise HookError(f"{dictionary} reads {dictionary.hook_in!r}, which the model has not{nearest(dictionary.hook_in, model.hook_dict)}")
+        close = nearest(dictionary.hook_in, model.hook_dict)
+        raise HookError(f"{dictionary} reads {dictionary.hook_in!r}, which the model has not{close}")
     for hook in dictionary.hooks_out:
         out = parse_hook(hook).layer
         raw = write_kind(hook) is Write.MLP_RAW and has_hook(model, f"blocks.{out}.hook_mlp_out")

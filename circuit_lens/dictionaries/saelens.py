@@ -1,8 +1,8 @@
 """SAELens transcoders as they come from ``SAE.from_pretrained`` or ``SAE.load_from_disk``, as Dictionaries.
 
-The weights are read, never copied or changed. The arithmetic is ours rather than the module's ``encode`` and ``decode``:
-those cast inputs to the module's configured dtype (a module after ``.double()`` still casts to float32) and leave out the
-skip path. That both agree is part of the tests.
+The weights are read, never copied or changed. The arithmetic is ours rather than the module's ``encode`` and
+``decode``: those cast inputs to the module's configured dtype (a module after ``.double()`` still casts to float32)
+and leave out the skip path. That both agree is part of the tests.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ _NORM_OUTPUT_MODULES = ("pre_feedforward_layernorm.output", "post_attention_laye
 class SaelensTranscoder:
     """A SAELens transcoder: reads the MLP's input, writes the MLP's output (Dunefsky et al. 2024, section 3).
 
-    ``pre = x @ W_enc + b_enc``; ``acts = relu(pre)``, or ``pre`` where it exceeds ``threshold`` (JumpReLU); the output is
-    ``acts @ W_dec + b_dec``, plus ``x @ W_skip.T`` for a skip transcoder (Paulo et al. 2025).
+    ``pre = x @ W_enc + b_enc``; ``acts = relu(pre)``, or ``pre`` where it exceeds ``threshold`` (JumpReLU); the
+    output is ``acts @ W_dec + b_dec``, plus ``x @ W_skip.T`` for a skip transcoder (Paulo et al. 2025).
 
     Args:
         module: The SAELens module.
@@ -44,8 +44,8 @@ class SaelensTranscoder:
         name_in, name_out = metadata.hook_name, metadata.hook_name_out
         if not name_in or not name_out:
             raise DictionaryError(
-                f"the {self.kind} names no input or output hook (hook_name={name_in!r}, hook_name_out={name_out!r}); set "
-                "cfg.metadata.hook_name and cfg.metadata.hook_name_out"
+                f"the {self.kind} names no input or output hook (hook_name={name_in!r}, hook_name_out={name_out!r}); "
+                "set cfg.metadata.hook_name and cfg.metadata.hook_name_out"
             )
         self.hook_in = _declared_input(name_in, metadata.hf_hook_name)
         self.hooks_out = (name_out,)
