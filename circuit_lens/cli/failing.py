@@ -40,10 +40,10 @@ def guarded(command: Callable[P, None]) -> Callable[P, None]:
         except CircuitLensError as error:
             show_error(str(error))
             raise typer.Exit(USER_ERROR) from None
-        except KeyboardInterrupt:
-            show_error("Interrupted; nothing was written.", title="Stopped")
-            raise typer.Exit(INTERRUPTED) from None
-        except (MemoryError, RuntimeError) as error:
+        except BaseException as error:
+            if _was_interrupted(error):
+                show_error("Interrupted; nothing was written.", title="Stopped")
+                raise typer.Exit(INTERRUPTED) from None
             # torch's own class of this name is known only where torch was imported, which is not done for this.
             if not isinstance(error, MemoryError) and type(error).__name__ != "OutOfMemoryError":
                 raise
@@ -54,6 +54,17 @@ def guarded(command: Callable[P, None]) -> Callable[P, None]:
             raise typer.Exit(USER_ERROR) from None
 
     return run
+
+
+def _was_interrupted(error: BaseException | None) -> bool:
+    """Whether an exception is an interrupt, or what a library made of one (transformers does, while it is imported)."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        if isinstance(error, KeyboardInterrupt):
+            return True
+        seen.add(id(error))
+        error = error.__cause__ or error.__context__
+    return False
 
 
 @contextlib.contextmanager

@@ -245,6 +245,19 @@ def test_an_interrupt_while_computing_says_so_and_leaves_nothing(
     assert (result.exit_code, everything(tmp_path)) == (130, [])
 
 
+def test_an_interrupt_that_a_library_disguises_is_one(
+    run: Run, rm: cl.ReplacementModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def disguise(*_: object, **__: object) -> None:
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt as error:
+            raise ModuleNotFoundError("Could not import module") from error
+
+    monkeypatch.setattr(type(rm), "attribute", disguise)
+    assert run(PROMPT).exit_code == 130
+
+
 def test_a_lack_of_memory_says_what_to_do(run: Run, rm: cl.ReplacementModel, monkeypatch: pytest.MonkeyPatch) -> None:
     def exhausted(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory.")
