@@ -78,7 +78,7 @@ def _text_to_tokens(model: HookedModel, prompt: str) -> Tensor:
     if not prompt.strip():
         raise TokensError("the prompt is empty; give text or at least one token id")
     with torch.inference_mode(False):
-        tokens = torch.as_tensor(model.to_tokens(prompt))[0].clone()  # type: ignore[attr-defined]
+        tokens = torch.as_tensor(model.to_tokens(prompt, truncate=False))[0].clone()  # type: ignore[attr-defined]
     unknown = getattr(tokenizer, "unk_token_id", None)
     special = {getattr(tokenizer, f"{s}_token_id", None) for s in ("bos", "eos", "pad")}
     if unknown is not None and unknown not in special and (tokens == unknown).any():

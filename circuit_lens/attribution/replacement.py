@@ -27,7 +27,7 @@ from circuit_lens.errors import ConsistencyError, NodeNotFoundError, Reconstruct
 from circuit_lens.graph.nodes import Feature, Node, NodeKind, Section
 from circuit_lens.graph.positions import Which, find_position
 from circuit_lens.hooks import present_hooks
-from circuit_lens.running import token_strings
+from circuit_lens.running import plain_tensors, token_strings
 
 if TYPE_CHECKING:
     from circuit_lens.attribution.heads import HeadLoadings
@@ -137,16 +137,11 @@ class LocalReplacementModel:
         self.token_strings = token_strings(self.model, values.tokens)
         self.user_hooks = present_hooks(self.model) + [f"fwd_hooks: {s}" for s, _ in values.fwd_hooks]
         self.engine, self.engine_note = self._choose_engine(weights)
-        self.frozen = self._freeze(weights)
+        with plain_tensors():
+            self.frozen = self._freeze(weights)
         constants = self._attention_constants()
-        self.sources: Sources = collect(
-            self.model,
-            self.frozen,
-            binding.dictionaries,
-            mlp=settings.mlp,
-            zero_positions=[self.position(p) for p in settings.zero_positions],
-            attention_constants=constants,
-        )
+        with plain_tensors():
+            self.sources: Sources = self._collect(constants)
         self.checks: dict[str, Any] = {"logit_gap": self.frozen.gap}
         if settings.check:
             self._check()
@@ -176,6 +171,16 @@ class LocalReplacementModel:
             self.engine, self.engine_note = "reference", self._fallback(str(error))
             return freeze(self.model, weights.without_attention(str(error)), self.values, linear_norms=linear)
 
+    def _collect(self, constants: list[Tensor] | None) -> Sources:
+        return collect(
+            self.model,
+            self.frozen,
+            self.binding.dictionaries,
+            mlp=self.settings.mlp,
+            zero_positions=[self.position(p) for p in self.settings.zero_positions],
+            attention_constants=constants,
+        )
+
     def _hooks(self) -> FrozenHooks:
         return FrozenHooks(
             self.model,
@@ -195,8 +200,9 @@ class LocalReplacementModel:
         return attention_constants(hooks)
 
     def _check(self) -> None:
-        self._check_reads()
-        self._check_reconstruction()
+        with plain_tensors():
+            self._check_reads()
+            self._check_reconstruction()
         frozen = self.settings.norms == "frozen" and self.settings.attention == "frozen"
         if frozen and (not self.values.from_cache or self.engine == "reference"):
             self.checks["linearity"] = check_linearity(self._hooks())

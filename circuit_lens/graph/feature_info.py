@@ -10,8 +10,6 @@ The file is safetensors: arrays per site, and the strings as one deflated JSON d
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 import zlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
@@ -25,6 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from circuit_lens.errors import GraphFileError, nearest
+from circuit_lens.graph.store import atomic_path
 
 FORMAT, VERSION = "circuit_lens.feature_info", 1
 NO_TOKEN = -1
@@ -124,21 +123,6 @@ class SiteInfo:
 
 
 _ARRAYS = tuple(f.name for f in fields(SiteInfo) if f.name not in ("site", "layer", "labels", "detections"))
-
-
-def _write_atomically(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
-    """Write beside the target, then rename: a reader sees the old file or the new one."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    try:
-        save_file(tensors, temporary, metadata=metadata)
-        with open(temporary, "rb") as written:
-            os.fsync(written.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 class FeatureTable:
@@ -261,7 +245,8 @@ class FeatureTable:
         text = json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode()
         tensors["strings"] = torch.frombuffer(bytearray(zlib.compress(text, 9)), dtype=torch.uint8)
         header = {"format": FORMAT, "version": str(VERSION), "text": self.text, "n_tokens": str(self.n_tokens)}
-        _write_atomically(tensors, Path(path), header)
+        with atomic_path(path) as temporary:
+            save_file(tensors, temporary, metadata=header)
 
 
 def _compact(detection: Detection) -> list[Any]:
@@ -285,6 +270,13 @@ def load_feature_info(path: str | Path) -> FeatureTable:
         raise GraphFileError(f"{path} holds {header.get('format')!r}, not {FORMAT!r}")
     if int(header["version"]) > VERSION:
         raise GraphFileError(f"{path} has version {header['version']}; this circuit_lens reads up to {VERSION}")
+    try:
+        return _from_tensors(tensors, header)
+    except (KeyError, TypeError, ValueError, zlib.error) as error:
+        raise GraphFileError(f"{path} is damaged ({error!r}); make it again with `make zoo`") from error
+
+
+def _from_tensors(tensors: dict[str, Tensor], header: dict[str, str]) -> FeatureTable:
     document = json.loads(zlib.decompress(tensors.pop("strings").numpy().tobytes()).decode())
     sites = []
     for number, record in enumerate(document["sites"]):

@@ -75,8 +75,13 @@ def clean_token(text: str) -> str:
 
 
 def wrap(text: str, width: int, *, lines: int = 2) -> list[str]:
-    """Break a text into at most so many lines of at most so many characters; what is left out is an ellipsis."""
-    return textwrap.wrap(text, width, max_lines=lines, placeholder="…", break_on_hyphens=False) or [""]
+    """Break a text into at most so many lines of at most so many characters; what is left out is an ellipsis.
+
+    Lines break at blanks and after "|", which separates alternatives in labels.
+    """
+    marked = text.replace("|", "|\0 ")
+    wrapped = textwrap.wrap(marked, width, max_lines=lines, placeholder="…", break_on_hyphens=False)
+    return [line.replace("|\0 ", "|").replace("\0", "") for line in wrapped] or [""]
 
 
 def lay_out(

@@ -223,5 +223,11 @@ def make_everything(workshop: Workshop, runs: tuple[tuple[str, int, tuple[int, .
     shipped = {name: choose(measured, name) for name in dict.fromkeys(name for name, _, _ in runs)}
     for name, pair in shipped.items():
         workshop.ship(corpus, name, pair.seed, pair.dictionary_seed)
-    path = write_report(measured, shipped)
+    path = write_report(
+        measured,
+        shipped,
+        settings=MODELS[CAPITALS],
+        transcoders=transcoder_settings(),
+        dictionary_tokens=DICTIONARY_TOKENS,
+    )
     workshop.say(f"wrote {path}")

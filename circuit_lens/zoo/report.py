@@ -6,9 +6,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from circuit_lens.zoo.loading import ASSETS, DICTIONARIES
+
+if TYPE_CHECKING:
+    from circuit_lens.training.transcoder import TranscoderSettings
+    from circuit_lens.zoo.train import TrainingSettings
 
 REPORT = Path(__file__).parent / "REPORT.md"
 BUDGET_BYTES = 15_000_000
@@ -234,15 +238,23 @@ states, so a state is a set of features, and the labels list several states.
 
 
 def write_report(
-    measured: Sequence[Measured], shipped: Mapping[str, Measured], *, path: Path = REPORT, assets: Path = ASSETS
+    measured: Sequence[Measured],
+    shipped: Mapping[str, Measured],
+    *,
+    settings: TrainingSettings,
+    transcoders: TranscoderSettings,
+    dictionary_tokens: int,
+    path: Path = REPORT,
+    assets: Path = ASSETS,
 ) -> Path:
-    """The report as Markdown; returns where it was written."""
-    from circuit_lens.zoo.recipe import DICTIONARY_TOKENS, MODELS, transcoder_settings
+    """Write the report as Markdown and return where it was written.
 
+    ``settings`` and ``transcoders`` are those of `capitals`; ``dictionary_tokens`` is the length of the text its
+    transcoders were trained on.
+    """
     capitals = [pair for pair in measured if pair.name == CAPITALS]
     shortcut = [pair for pair in measured if pair.name == SHORTCUT]
     best = shipped[CAPITALS]
-    settings, transcoders = MODELS[CAPITALS], transcoder_settings()
     met = sum(met for _, met in best.targets().values())
     tokens = settings.steps * settings.batch * settings.length
     lines = [_INTRODUCTION, "## Shipped", ""]
@@ -254,7 +266,7 @@ def write_report(
         f"Model: {settings.steps} steps of {settings.batch} × {settings.length} tokens ({tokens:,} in all), Muon "
         f"{settings.muon_lr} inside the blocks and AdamW {settings.adam_lr} elsewhere. Transcoders: "
         f"{transcoders.d_sae} features, BatchTopK {transcoders.k:g} saved as JumpReLU, {transcoders.steps} steps of "
-        f"{transcoders.batch} tokens from {DICTIONARY_TOKENS:,} tokens of text. Figures of dictionaries are on "
+        f"{transcoders.batch} tokens from {dictionary_tokens:,} tokens of text. Figures of dictionaries are on "
         f"{best.figures['n_tokens']:,} tokens of other text; a dead feature is active on none of them. BOS is left out "
         "of both, and keeps its MLP outputs when every MLP is replaced.",
         "",

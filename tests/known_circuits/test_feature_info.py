@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from circuit_lens.errors import GraphFileError
 from circuit_lens.graph.feature_info import NO_TOKEN, Detection, FeatureTable, SiteInfo, load_feature_info
@@ -96,10 +97,22 @@ def test_a_failed_write_keeps_the_old_file(table, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("circuit_lens.graph.feature_info.save_file", full_disk)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(GraphFileError, match="No space"):
         table.save(path)
     assert path.read_bytes() == before
     assert [file.name for file in tmp_path.iterdir()] == [path.name]
+
+
+def test_a_file_with_damaged_records_is_refused_by_name(table, tmp_path):
+    path = tmp_path / "features.safetensors"
+    table.save(path)
+    changed = load_file(path)
+    changed["strings"] = changed["strings"][:-20].contiguous()
+    with safe_open(path, "pt") as file:
+        header = file.metadata()
+    save_file(changed, path, metadata=header)
+    with pytest.raises(GraphFileError, match="damaged"):
+        load_feature_info(path)
 
 
 def test_contexts_leave_out_what_only_fills_up(table):

@@ -159,6 +159,7 @@ def test_a_second_run_replaces_the_first_ones_files(run: Run, tmp_path: Path) ->
     [
         ((), "give a prompt"),
         ((" ",), "give a prompt"),
+        (("the " * 100,), "context holds"),
         (("the Dalas is",), "'Dalas' (nearest: Dallas"),
         ((PROMPT, "--targets", "Austin Texas"), "is 2 tokens"),
         ((PROMPT, "--targets", "Huston"), "not in the tokenizer's vocabulary"),
