@@ -35,6 +35,17 @@ class HookedModel(Protocol):
 
 
 @runtime_checkable
+class Cache(Protocol):
+    """An ``ActivationCache``, which is no Mapping, or a dict."""
+
+    def keys(self) -> Any:
+        """Return the names."""
+        ...
+
+    def __getitem__(self, name: str, /) -> Tensor: ...
+
+
+@runtime_checkable
 class Dictionary(Protocol):
     """A sparse dictionary on hook points: reads one, writes one or more.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Literal
 
@@ -11,12 +11,12 @@ from torch import Tensor
 from circuit_lens.attribution.linear_maps import ModelWeights, read_weights
 from circuit_lens.attribution.replacement import Engine, LocalReplacementModel, Settings
 from circuit_lens.attribution.values import compute_dtype, from_cache, from_prompt, needed_names
-from circuit_lens.dictionaries.attach import Cache, attached, feature_acts
+from circuit_lens.dictionaries.attach import attached, feature_acts
 from circuit_lens.dictionaries.binding import Binding, bind
 from circuit_lens.dictionaries.points import Read, read_kind
 from circuit_lens.graph.graph import AttributionGraph
 from circuit_lens.hooks import has_hook
-from circuit_lens.protocols import Dictionary, HookedModel
+from circuit_lens.protocols import Cache, Dictionary, HookedModel
 from circuit_lens.running import Prompt, to_tokens
 
 FeatureLabel = Callable[[str, int, int], str]
@@ -60,7 +60,7 @@ class ReplacementModel:
         self,
         prompt: Prompt,
         *,
-        cache: Mapping[str, Tensor] | None = None,
+        cache: Cache | None = None,
         batch_index: int | None = None,
         fwd_hooks: Sequence[tuple[Any, Any]] = (),
         norms: Literal["frozen", "linear"] = "frozen",
@@ -111,7 +111,7 @@ class ReplacementModel:
         prompt: Prompt,
         *,
         targets: Any = None,
-        cache: Mapping[str, Tensor] | None = None,
+        cache: Cache | None = None,
         batch_index: int | None = None,
         fwd_hooks: Sequence[tuple[Any, Any]] = (),
         max_features: int | None = None,

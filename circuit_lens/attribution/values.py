@@ -12,7 +12,7 @@ from torch import Tensor
 
 from circuit_lens.errors import CacheError, ConsistencyError, nearest
 from circuit_lens.hooks import has_hook
-from circuit_lens.protocols import HookedModel
+from circuit_lens.protocols import Cache, HookedModel
 from circuit_lens.running import model_device, plain_tensors, require_finite, run_and_capture, token_string
 
 
@@ -105,7 +105,7 @@ def from_prompt(
 def from_cache(
     model: HookedModel,
     tokens: Int[Tensor, "n_pos"],
-    cache: Mapping[str, Tensor],
+    cache: Cache,
     *,
     extra: Sequence[str] = (),
     batch_index: int | None = None,
@@ -148,17 +148,17 @@ def _coarsest(tensors: Iterable[Tensor]) -> torch.dtype:
     return max((t.dtype for t in tensors if t.is_floating_point()), key=lambda dtype: torch.finfo(dtype).eps)
 
 
-def _entries(model: HookedModel, cache: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Tensor | None]:
+def _entries(model: HookedModel, cache: Cache, names: Iterable[str]) -> dict[str, Tensor | None]:
     """Look hooks up under their names, and under the names their hook points have themselves (a bridge's aliases)."""
     hooks, keys = model.hook_dict, set(cache.keys())
     found = {}
     for name in names:
-        own = getattr(hooks[name], "name", None) if name in hooks else None
+        own = str(getattr(hooks[name], "name", name)) if name in hooks else name
         found[name] = next((cache[candidate] for candidate in (name, own) if candidate in keys), None)
     return found
 
 
-def _missing(cache: Mapping[str, Tensor], name: str) -> str:
+def _missing(cache: Cache, name: str) -> str:
     have = list(cache.keys())
     return (
         f"the cache has no {name!r} ({len(have)} entries{nearest(name, have)}); make it with "
@@ -166,9 +166,7 @@ def _missing(cache: Mapping[str, Tensor], name: str) -> str:
     )
 
 
-def _batch_row(
-    model: HookedModel, cache: Mapping[str, Tensor], names: Sequence[str], batch_index: int | None
-) -> int | None:
+def _batch_row(model: HookedModel, cache: Cache, names: Sequence[str], batch_index: int | None) -> int | None:
     first = _entries(model, cache, names[:1])[names[0]]
     if first is None:
         raise CacheError(_missing(cache, names[0]))
@@ -190,12 +188,12 @@ def _batch_row(
 
 def _check_shapes(values: Mapping[str, Tensor], n_pos: int, names: Sequence[str]) -> None:
     for name in names:
-        shape = tuple(values[name].shape)
-        found = shape[-2] if len(shape) >= 2 else -1
-        if found != n_pos or (name.endswith("hook_pattern") and shape[-1] != n_pos):
+        shape = values[name].shape
+        fits = len(shape) >= 2 and shape[-2] == n_pos
+        if not fits or (name.endswith("hook_pattern") and shape[-1] != n_pos):
             raise CacheError(
-                f"{name} in the cache has shape {shape}, the prompt has {n_pos} positions; give the tokens the cache "
-                "was made on, and no pos_slice"
+                f"{name} in the cache has shape {tuple(shape)}, the prompt has {n_pos} positions; give the tokens the "
+                "cache was made on, and no pos_slice"
             )
 
 

@@ -19,7 +19,7 @@ import contextlib
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -39,7 +39,7 @@ from circuit_lens.hooks import (
     quiet_norm_edits,
     suspended,
 )
-from circuit_lens.protocols import Dictionary, HookedModel
+from circuit_lens.protocols import Cache, Dictionary, HookedModel
 from circuit_lens.running import model_device, plain_tensors
 
 _attached: weakref.WeakSet[Any] = weakref.WeakSet()
@@ -267,17 +267,6 @@ def _block_scope(
 
 
 # ---------------------------------------------------------------------------------------------------- from a cache
-
-
-@runtime_checkable
-class Cache(Protocol):
-    """An ``ActivationCache``, which is no Mapping, or a dict."""
-
-    def keys(self) -> Any:
-        """Return the names."""
-        ...
-
-    def __getitem__(self, name: str, /) -> Tensor: ...
 
 
 def feature_acts(binding: Binding, cache: Cache) -> dict[str, Float[Tensor, "*batch d_sae"]]:
