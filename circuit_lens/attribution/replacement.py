@@ -25,7 +25,7 @@ from circuit_lens.dictionaries.binding import Binding
 from circuit_lens.dictionaries.points import Read, read_kind
 from circuit_lens.errors import ConsistencyError, NodeNotFoundError, ReconstructionError, TargetError
 from circuit_lens.graph.nodes import Feature, Node, NodeKind, Section
-from circuit_lens.graph.positions import Which, find_position
+from circuit_lens.graph.positions import Which, find_position, join_tokens
 from circuit_lens.hooks import present_hooks
 from circuit_lens.running import plain_tensors, token_strings
 
@@ -488,7 +488,7 @@ class LocalReplacementModel:
         }
 
     def __repr__(self) -> str:
-        text = self.prompt if self.prompt is not None else "".join(self.token_strings)
+        text = self.prompt if self.prompt is not None else join_tokens(self.token_strings)
         return f"LocalReplacementModel({text!r}, {self.n_active} active features, engine {self.engine})"
 
 

@@ -57,6 +57,16 @@ def find_position(token_strings: Sequence[str], pos: int | str, *, which: Which 
     return found[number]
 
 
+def join_tokens(token_strings: Sequence[str]) -> str:
+    """Return the text of a prompt's tokens: joined as they are, or by blanks where no token carries any.
+
+    >>> join_tokens(["The", " cat"]), join_tokens(["The", "cat"])
+    ('The cat', 'The cat')
+    """
+    plain = [text.translate(_BLANKS) for text in token_strings]
+    return ("" if any(text != text.strip() for text in plain) else " ").join(plain)
+
+
 def _clean_all(strings: Sequence[str]) -> list[str]:
     """Return the strings without the blanks (of any tokenizer's spelling) around them."""
     return [text.translate(_BLANKS).strip() or text for text in strings]

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from circuit_lens.graph.graph import AttributionGraph
 from circuit_lens.graph.nodes import NodeKind
+from circuit_lens.graph.positions import join_tokens
 
 if TYPE_CHECKING:
     import pandas
@@ -18,7 +19,7 @@ def summary(graph: AttributionGraph, *, n: int = 8) -> str:
     counts = {kind.name.lower(): nodes.count(kind) for kind in NodeKind}
     shown = ", ".join(f"{count} {name}{'' if count == 1 else 's'}" for name, count in counts.items() if count)
     shown = shown.replace("biass", "biases").replace("rests", "rest").replace("patchs", "patches")
-    prompt = "".join(graph.token_strings) if graph.prompt is None else graph.prompt
+    prompt = join_tokens(graph.token_strings) if graph.prompt is None else graph.prompt
     lines = [f"AttributionGraph of {prompt!r}", f"  output    {graph.top_logits}", f"  nodes     {shown}"]
     if graph.pruning is not None:
         p = graph.pruning

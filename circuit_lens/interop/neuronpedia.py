@@ -19,6 +19,7 @@ import torch
 
 from circuit_lens import __version__
 from circuit_lens.graph import AttributionGraph, NodeKind
+from circuit_lens.graph.positions import join_tokens
 from circuit_lens.graph.select import NodeRef
 from circuit_lens.graph.store import atomic_path
 
@@ -92,7 +93,7 @@ def _metadata(
     graph: AttributionGraph, slug: str | None, scan: str | None, source_set: str | None, create_time_ms: int | None
 ) -> dict[str, Any]:
     """Return what the document says about the graph as a whole."""
-    prompt = "".join(graph.token_strings) if graph.prompt is None else graph.prompt
+    prompt = join_tokens(graph.token_strings) if graph.prompt is None else graph.prompt
     model = graph.manifest.get("model_name", graph.manifest.get("model"))
     if isinstance(model, dict):
         model = model.get("name")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import io
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -19,6 +20,7 @@ from matplotlib.patheffects import withStroke
 from torch import Tensor
 
 from circuit_lens.graph import AttributionGraph, Node, NodeKind, Path
+from circuit_lens.graph.positions import join_tokens
 from circuit_lens.viewer.layout import LINE, MARK, Layout, Measure, Placed, lay_out
 
 POSITIVE, NEGATIVE = "#0072B2", "#D55E00"
@@ -29,6 +31,15 @@ _DPI = 100
 _FAMILIES = ("DejaVu Sans", "Noto Sans CJK SC", "Noto Sans CJK JP", "WenQuanYi Zen Hei", "WenQuanYi Micro Hei",
              "Source Han Sans SC", "Droid Sans Fallback", "Microsoft YaHei", "SimHei", "PingFang SC",
              "Hiragino Sans GB", "Arial Unicode MS")  # fmt: skip
+
+
+class GraphFigure(Figure):
+    """A matplotlib figure that a notebook shows without pyplot."""
+
+    def _repr_png_(self) -> bytes:
+        data = io.BytesIO()
+        self.savefig(data, format="png")
+        return data.getvalue()
 
 
 def figure(
@@ -62,7 +73,7 @@ def figure(
     weight = graph.influence(convention=convention)
     weight[graph.nodes.n_sources :] += graph.logit_weight.double()
     nodes = _shown(graph, weight, chosen, max_nodes)
-    picture = Figure(figsize=(width, 4.0), dpi=_DPI)
+    picture = GraphFigure(figsize=(width, 4.0), dpi=_DPI)
     layout = lay_out(graph, nodes, width=width, measure=_measure(_TEXT), measure_token=_measure(_TOKEN))
     picture.set_size_inches(layout.width, layout.height)
     FigureCanvasAgg(picture)
@@ -73,7 +84,7 @@ def figure(
     on_path = {node.id for path in _ids(graph, chosen) for node in path}
     _draw_edges(axes, graph, layout, weight, _ids(graph, chosen), max_edges)
     _draw_nodes(axes, graph, layout, weight, on_path)
-    prompt = "".join(graph.token_strings) if graph.prompt is None else graph.prompt
+    prompt = join_tokens(graph.token_strings) if graph.prompt is None else graph.prompt
     heading = _printable((prompt if title is None else title).replace("\n", "⏎"))
     limit = int(layout.width * 9.5)
     heading = heading if len(heading) <= limit else heading[: limit - 1] + "…"

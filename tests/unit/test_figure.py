@@ -120,3 +120,8 @@ def test_a_graph_larger_than_the_limit_keeps_the_most_influential_nodes() -> Non
     graph = random_graph(4, per_group=10, n_pos=6)
     marks = graph.figure(max_nodes=5, paths=0).axes[0].collections
     assert len(marks) == 5 + graph.nodes.n_logits
+
+
+def test_a_notebook_shows_the_figure_without_pyplot() -> None:
+    picture = hand_graph().figure()
+    assert vars(type(picture))["_repr_png_"](picture).startswith(b"\x89PNG")
