@@ -18,6 +18,7 @@ import tempfile
 import time
 import warnings
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -37,6 +38,9 @@ from benchmarks.parity_models import (
     speed_case,
     write_case,
 )
+
+if TYPE_CHECKING:
+    from circuit_lens import AttributionGraph
 
 LIMIT = 1e-5
 RUNS = 3
@@ -85,7 +89,7 @@ def bundled_cases() -> list[Case]:
     return [case_from_model("capitals", rm.model, saes, tokens, Settings())]
 
 
-def graph_of(case: Case, peer: PeerResult | None = None):  # noqa: ANN201
+def graph_of(case: Case, peer: PeerResult | None = None) -> AttributionGraph:
     """Return our graph of a case; where the peer chose among the features, with the features that it chose."""
     from circuit_lens.replacement_model import ReplacementModel
 

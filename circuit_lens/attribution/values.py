@@ -213,7 +213,6 @@ def _check_tokens(model: HookedModel, tokens: Int[Tensor, "n_pos"], embed: Float
             mine, its = token_string(model, int(tokens[pos])), token_string(model, int(token))
             raise ConsistencyError(
                 f"the cache belongs to other tokens: at position {pos} it holds the embedding of {its!r} (id "
-                f"{int(token)}), the given prompt has {mine!r} there; give the tokens that the cache was made "
-                "on. A hook that edits the first residual stream in place changes the cached embedding too: let it edit "
-                "a clone"
+                f"{int(token)}), the given prompt has {mine!r} there; give the tokens that the cache was made on. A "
+                "hook that edits the first residual stream in place changes the cached embedding too: edit a clone"
             )
