@@ -92,7 +92,10 @@ def scoped_hooks(model: HookedModel, hooks: Sequence[Hook]) -> Iterator[None]:
     finally:
         for point, handle in reversed(handles):
             _remove(point, handle)
-    silent = [h.name for h, f in zip(hooks, fired, strict=True) if h.must_fire and not f]
+    _require_fired([h.name for h, f in zip(hooks, fired, strict=True) if h.must_fire and not f])
+
+
+def _require_fired(silent: Sequence[str]) -> None:
     if silent:
         raise HookError(
             f"hook point(s) that never fired: {', '.join(silent)}. The model defines them but this forward pass did "
@@ -141,14 +144,23 @@ def user_hooks(model: HookedModel, fwd_hooks: Sequence[tuple[Any, Any]]) -> Iter
     """Attach TransformerLens-style ``(name or filter, fn(activation, hook=...))`` pairs for a ``with`` block.
 
     Raises:
-        HookError: A name that the model lacks, or a filter that matches nothing.
+        HookError: A name that the model lacks or that never fired, or a filter that matches nothing.
     """
+    fired: set[str] = set()
+
+    def noting(name: str, function: Any) -> Any:
+        def run(value: Any, hook: Any) -> Any:
+            fired.add(name)
+            return function(value, hook=hook)
+
+        return run
+
     pairs: list[tuple[Any, Any]] = []
     named = [selector for selector, _ in fwd_hooks if isinstance(selector, str)]
     points = dict(zip(named, hook_points(model, named), strict=True)) if named else {}
     for selector, function in fwd_hooks:
         if isinstance(selector, str):
-            pairs.append((points[selector], function))
+            pairs.append((points[selector], noting(selector, function)))
             continue
         matched = {id(p): p for n, p in model.hook_dict.items() if selector(n)}
         if not matched:
@@ -164,6 +176,7 @@ def user_hooks(model: HookedModel, fwd_hooks: Sequence[tuple[Any, Any]]) -> Iter
     finally:
         for point, handle in reversed(handles):
             _remove(point, handle)
+    _require_fired([name for name in named if name not in fired])
 
 
 @contextlib.contextmanager

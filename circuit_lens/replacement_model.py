@@ -17,7 +17,7 @@ from circuit_lens.dictionaries.points import Read, read_kind
 from circuit_lens.graph.graph import AttributionGraph
 from circuit_lens.hooks import has_hook
 from circuit_lens.protocols import Cache, Dictionary, HookedModel
-from circuit_lens.running import Prompt, to_tokens
+from circuit_lens.running import Prompt, plain_tensors, to_tokens
 
 FeatureLabel = Callable[[str, int, int], str]
 
@@ -99,12 +99,13 @@ class ReplacementModel:
         model = self.binding.model
         tokens = to_tokens(model, prompt)
         extra = self._read_hooks()
-        if cache is None:
-            values = from_prompt(model, tokens, extra=extra, fwd_hooks=fwd_hooks)
-        else:
-            values = from_cache(model, tokens, cache, extra=extra, batch_index=batch_index)
         text = prompt if isinstance(prompt, str) else None
-        return LocalReplacementModel(self.binding, self._weights(), values, settings, prompt=text, label=self.label)
+        with plain_tensors():
+            if cache is None:
+                values = from_prompt(model, tokens, extra=extra, fwd_hooks=fwd_hooks)
+            else:
+                values = from_cache(model, tokens, cache, extra=extra, batch_index=batch_index)
+            return LocalReplacementModel(self.binding, self._weights(), values, settings, prompt=text, label=self.label)
 
     def attribute(
         self,

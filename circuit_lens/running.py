@@ -54,7 +54,7 @@ def _ids_to_tokens(prompt: Tensor | Sequence[int]) -> Tensor:
         try:
             # Without a dtype: one would cut numbers with a fraction off in silence.
             tokens = prompt.detach().clone() if isinstance(prompt, Tensor) else torch.tensor(list(prompt))
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, RuntimeError) as error:
             raise TokensError(
                 f"{prompt!r:.80} is no prompt; give text, or the token ids of one prompt as a tensor or a list of "
                 "integers"

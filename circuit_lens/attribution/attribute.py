@@ -19,7 +19,7 @@ from circuit_lens.graph.graph import AttributionGraph
 from circuit_lens.graph.influence import absolute_row_sums
 from circuit_lens.graph.nodes import Feature, Node, NodeKind, Section
 from circuit_lens.graph.records import TopLogits
-from circuit_lens.running import token_string
+from circuit_lens.running import plain_tensors, token_string
 
 _RERANK_EVERY = 256
 _PART = 1024  # features whose encoder rows are held at once
@@ -62,7 +62,7 @@ def attribute(
         total=total + len(resolved), desc="attribution", unit="row", disable=progress is False, leave=False,
         delay=0 if progress else 2,
     )  # fmt: skip
-    with bar:
+    with bar, plain_tensors():
         builder = _Builder(local, resolved, batch_size, bar.update)
         builder.choose(total, rerank_every or _RERANK_EVERY)
         builder.verify()
@@ -78,7 +78,8 @@ def expand(local: LocalReplacementModel, graph: AttributionGraph, node: Any) -> 
         raise NodeNotFoundError(f"{node} already has a row of its own in this graph")
     resolved = _resolve_again(local, graph)
     limit = graph.manifest.get("options", {}).get("max_features")
-    return replace(_Builder(local, resolved, None, None).with_features([*kept, *new], limit), prompt=graph.prompt)
+    with plain_tensors():
+        return replace(_Builder(local, resolved, None, None).with_features([*kept, *new], limit), prompt=graph.prompt)
 
 
 class _Builder:
@@ -280,7 +281,8 @@ class _Builder:
             kept = [_column(local, graph.node(i)) for i in range(graph.nodes.n_features)]
             new = _columns_of(local, graph, graph.node(node))
             limit = graph.manifest.get("options", {}).get("max_features")
-            return _Builder(local, resolved, None, None).with_features([*kept, *new], limit)
+            with plain_tensors():
+                return _Builder(local, resolved, None, None).with_features([*kept, *new], limit)
 
         return expander
 

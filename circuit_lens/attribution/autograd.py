@@ -205,11 +205,13 @@ def _record(hooks: FrozenHooks, targets: Targets) -> _Tape:
         tape.mlp[layer] = value.clone().requires_grad_()
         return tape.mlp[layer]
 
-    listed = [Hook("blocks.0.hook_resid_pre", first), *hooks.held(), *hooks.patches(), *hooks.mlps({}, mlp_leaf, True)]
+    listed = [Hook("blocks.0.hook_resid_pre", first), *hooks.held(), *hooks.patches()]
+    # Before the MLPs' hooks: in a parallel block the skip path reads at the same hook point what these leaves add.
+    for layer in range(1, frozen.n_layers):
+        listed.append(Hook(f"blocks.{layer}.hook_resid_pre", lambda live, layer=layer: pre_leaf(live, layer)))
+    listed += hooks.mlps({}, mlp_leaf, True)
     for layer in range(frozen.n_layers):
         listed.append(Hook(f"blocks.{layer}.hook_attn_out", lambda live, layer=layer: attention_leaf(live, layer)))
-        if layer:
-            listed.append(Hook(f"blocks.{layer}.hook_resid_pre", lambda live, layer=layer: pre_leaf(live, layer)))
     for name in dict.fromkeys(_read_hook(hooks, hook) for hook in targets.hooks):
         listed.append(FrozenHooks._keep(name, tape.read, name))
     forward(hooks.model, frozen.values.tokens, hooks=listed, alone=True)

@@ -163,9 +163,10 @@ class FrozenAttention:
                 to_resid = to_resid - to_resid.mean(-1, keepdim=True)
             pattern = pattern / self.norm_in.scale[:, 0]
         if self.norm_out is not None and not self.norm_out.linear:
-            to_head = self.norm_out.weights.gain[:, None] * to_head
+            # The mean goes before the gain here, behind it above: this norm comes after its map.
             if self.norm_out.weights.centered:
                 to_head = to_head - to_head.mean(1, keepdim=True)
+            to_head = self.norm_out.weights.gain[:, None] * to_head
             pattern = pattern / self.norm_out.scale
         self._to_head, self._to_resid, self._pattern = to_head.contiguous(), to_resid.contiguous(), pattern.contiguous()
 

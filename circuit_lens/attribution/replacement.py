@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 Engine = Literal["auto", "fast", "reference"]
 FeatureLabel = Callable[[str, int, int], str]
+_READINGS = 16  # positions at which a dictionary's other possible inputs are tried
 
 
 @dataclass(frozen=True)
@@ -227,31 +228,37 @@ class LocalReplacementModel:
     def _check_reconstruction(self) -> None:
         """Raise if a dictionary explains too little, and say which input would suit it."""
         least = self.settings.min_explained
+        if least is None:
+            return
         for f, explained in zip(self.sources.features, self.sources.explained, strict=True):
-            if least is None or explained >= least:
+            better = self._better_input(f)
+            if explained >= least and not better:
                 continue
             raise ReconstructionError(
-                f"{f.dictionary} does not reconstruct this model's MLP output: it explains {explained:.0%} of it "
-                f"(least: {least:.0%}).{self._better_input(f)} Its input hook may be another one, or the model's "
+                f"{f.dictionary} does not reconstruct this model's MLP output as it should: it explains "
+                f"{explained:.0%} of it (least: {least:.0%}).{better} Its input hook may be another one, or the model's "
                 "weights are processed in a way it was not trained on: load the model with "
                 "from_pretrained_no_processing. To use it all the same pass min_explained=None"
             )
 
     def _better_input(self, f: ActiveFeatures) -> str:
-        layer, d = f.dictionary.layer, f.dictionary
+        """Say which other input would suit a dictionary clearly better, on the prompt's last positions; "" if none."""
+        layer, d, part = f.dictionary.layer, f.dictionary, slice(max(1, self.frozen.n_pos - _READINGS), None)
+        if self.frozen.n_pos == 1 or len(d.out_layers) > 1:
+            return ""
         norm, base = self.frozen.ln2[layer], self.frozen.base[layer]
-        target = self.frozen.mlp_out[layer]
-        best: tuple[float, str] = (0.0, "")
+        target = self.frozen.mlp_out[d.out_layers[0]][part]
+        left: dict[Read, float] = {}
         for kind in Read:
-            if kind is read_kind(d.hook_in):
-                continue
-            read = read_value(kind, norm, base) + read_constant(kind, norm)
+            read = (read_value(kind, norm, base) + read_constant(kind, norm))[part]
             with torch.no_grad():
                 out = (d.decode(d.activate(d.pre_acts(read))) + d.skip(read))[:, 0]
-            explained = float(1 - (target - out)[1:].square().sum() / target[1:].square().sum())
-            if explained > max(best[0], 0.3):
-                best = explained, f"blocks.{layer}.{kind.value}"
-        return f" Reading {best[1]!r} it explains {best[0]:.0%}: set cfg.metadata.hook_name to that." if best[1] else ""
+            left[kind] = float((target - out).square().sum() / target.square().sum().clamp_min(1e-30))
+        best = min(left, key=lambda kind: left[kind])
+        if left[best] > min(0.7, 0.75 * left[read_kind(d.hook_in)]):
+            return ""
+        name = f"blocks.{layer}.{best.value}"
+        return f" Reading {name!r} it explains {1 - left[best]:.0%}: set cfg.metadata.hook_name to that."
 
     # Looking things up
 

@@ -217,6 +217,8 @@ class Resolver:
             if targets.is_floating_point():
                 raise TargetError("a float tensor is no target; for a direction use cl.direction(vector)")
             targets = targets.reshape(-1).tolist()
+        if isinstance(targets, bool):
+            raise TargetError(f"{targets} is no target; give a token id or string")
         if isinstance(targets, (int, str)):
             return [TokenLogits((targets,))]
         if isinstance(targets, (SalientLogits, TokenLogits, LogitDifference, Direction, Feature)):
@@ -297,6 +299,8 @@ class Resolver:
         if spec.vector.shape != (width,):
             raise TargetError(f"a direction must have shape ({width},), not {tuple(spec.vector.shape)}")
         vector = spec.vector.detach().to(self.frozen.final)
+        if not bool(torch.isfinite(vector).all() and vector.any()):
+            raise TargetError("a direction must not be zero, NaN or infinite")
         return self._linear(spec.name, self.d_vocab + n_virtual, self.position(spec.pos), vector, 0.0, 1.0)
 
     def _linear(self, name: str, index: int, pos: int, vector: Tensor, bias: float, weight: float) -> Resolved:
