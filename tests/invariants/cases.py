@@ -17,6 +17,21 @@ from tests import builders
 from tests.builders import ARCHITECTURES, KINDS, Architecture, HookIn, Kind, TranscoderKind
 
 CLASSES = [(name, kind) for name in ARCHITECTURES for kind in KINDS]
+SETTINGS: list[dict[str, Any]] = [
+    {},
+    {"norms": "linear"},
+    {"mlp": "jacobian"},
+    {"norms": "linear", "mlp": "jacobian"},
+    {"engine": "reference"},
+    {"attention": "linear"},
+    {"attention": "linear", "norms": "linear", "mlp": "jacobian"},
+]
+# Every setting on every architecture; on bridges, which are slower, those that reach most of what differs there.
+SETTINGS_ON_CLASSES = [
+    (name, kind, setting)
+    for name, kind in CLASSES
+    for setting in (SETTINGS if kind == "hooked" else [SETTINGS[0], SETTINGS[3], SETTINGS[6]])
+]
 RMS: tuple[Architecture, ...] = ("llama", "qwen3", "gemma2")
 
 

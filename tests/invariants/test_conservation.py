@@ -21,17 +21,6 @@ def spread_metric(logits: torch.Tensor) -> torch.Tensor:
 
 
 TARGETS = [salient_logits(max_n=2), logit_difference(5, 9, pos=2), 4, spread_metric]
-SETTINGS: list[dict[str, Any]] = [
-    {},
-    {"norms": "linear"},
-    {"mlp": "jacobian"},
-    {"norms": "linear", "mlp": "jacobian"},
-    {"engine": "reference"},
-    {"attention": "linear"},
-    {"attention": "linear", "norms": "linear", "mlp": "jacobian"},
-]
-
-
 SOME = [("gpt2", "hooked"), ("pythia", "bridge"), ("gemma2", "hooked")]
 
 
@@ -45,8 +34,7 @@ def tolerance(name: Any, kind: Any, setting: dict[str, Any]) -> float:
     return 1e-5 if live and kind == "bridge" and name in cases.RMS else 1e-11
 
 
-@pytest.mark.parametrize("setting", SETTINGS, ids=lambda s: "-".join(f"{v}" for v in s.values()) or "default")
-@pytest.mark.parametrize(("name", "kind"), cases.CLASSES)
+@pytest.mark.parametrize(("name", "kind", "setting"), cases.SETTINGS_ON_CLASSES)
 def test_rows_and_own_bias_sum_to_the_value(name, kind, setting):
     layers = (0, 2) if "mlp" in setting else None
     rm = cases.pair(name, kind, "skip", "mlp.hook_in", layers=layers)

@@ -17,12 +17,7 @@ from tests import builders
 from tests.invariants import cases
 from tests.invariants.test_conservation import spread_metric
 
-SETTINGS: list[dict[str, Any]] = [
-    {},
-    {"norms": "linear"},
-    {"mlp": "jacobian"},
-    {"norms": "linear", "mlp": "jacobian"},
-]
+FAST = [case for case in cases.SETTINGS_ON_CLASSES if not {"engine", "attention"} & set(case[2])]
 
 
 def rows(rm: Any, tokens: torch.Tensor, **setting: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -40,8 +35,7 @@ def difference(a: torch.Tensor, b: torch.Tensor) -> float:
     return float(((a - b).abs().amax(1) / scale).max())
 
 
-@pytest.mark.parametrize("setting", SETTINGS, ids=lambda s: "-".join(f"{v}" for v in s.values()) or "default")
-@pytest.mark.parametrize(("name", "kind"), cases.CLASSES)
+@pytest.mark.parametrize(("name", "kind", "setting"), FAST)
 def test_both_engines_give_the_same_rows(name, kind, setting):
     layers = (0, 2) if "mlp" in setting else None
     fast, slow = rows(cases.pair(name, kind, "skip", "mlp.hook_in", layers=layers), cases.tokens(7), **setting)
