@@ -20,10 +20,12 @@ if TYPE_CHECKING:
     from circuit_lens.attribution.targets import direction as direction
     from circuit_lens.attribution.targets import logit_difference as logit_difference
     from circuit_lens.attribution.targets import salient_logits as salient_logits
+    from circuit_lens.attribution.targets import token_logits as token_logits
     from circuit_lens.errors import CacheError as CacheError
     from circuit_lens.errors import CircuitLensError as CircuitLensError
     from circuit_lens.errors import ConsistencyError as ConsistencyError
     from circuit_lens.errors import DictionaryError as DictionaryError
+    from circuit_lens.errors import GraphError as GraphError
     from circuit_lens.errors import GraphFileError as GraphFileError
     from circuit_lens.errors import HookError as HookError
     from circuit_lens.errors import LinearizationError as LinearizationError
@@ -44,7 +46,7 @@ __version__ = "0.1.0"
 _HOMES = {  # module: the public names that live there
     "circuit_lens.replacement_model": ("ReplacementModel",),
     "circuit_lens.attribution.replacement": ("LocalReplacementModel",),
-    "circuit_lens.attribution.targets": ("direction", "logit_difference", "salient_logits"),
+    "circuit_lens.attribution.targets": ("direction", "logit_difference", "salient_logits", "token_logits"),
     "circuit_lens.graph.graph": ("AttributionGraph",),
     "circuit_lens.graph.nodes": ("Feature", "Node", "NodeKind"),
     "circuit_lens.graph.store": ("load_graph",),
@@ -53,6 +55,7 @@ _HOMES = {  # module: the public names that live there
         "CircuitLensError",
         "ConsistencyError",
         "DictionaryError",
+        "GraphError",
         "GraphFileError",
         "HookError",
         "LinearizationError",

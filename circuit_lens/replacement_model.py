@@ -15,7 +15,7 @@ from circuit_lens.dictionaries.attach import attached, feature_acts
 from circuit_lens.dictionaries.binding import Binding, bind
 from circuit_lens.dictionaries.points import Read, read_kind
 from circuit_lens.graph.graph import AttributionGraph
-from circuit_lens.hooks import has_hook
+from circuit_lens.hooks import has_hook, refuse_split_inputs
 from circuit_lens.protocols import Cache, Dictionary, HookedModel
 from circuit_lens.running import Prompt, plain_tensors, to_tokens
 
@@ -97,6 +97,7 @@ class ReplacementModel:
         if cache is not None and fwd_hooks:
             raise ValueError("fwd_hooks act on a run, and with a cache there is none; give one of the two")
         model = self.binding.model
+        refuse_split_inputs(model)
         tokens = to_tokens(model, prompt)
         extra = self._read_hooks()
         text = prompt if isinstance(prompt, str) else None
@@ -132,7 +133,7 @@ class ReplacementModel:
         Args:
             prompt: Text, or token ids ``[n_pos]`` or ``[1, n_pos]``.
             targets: What to explain. None: the most probable next tokens (``cl.salient_logits()``). Token strings or
-                ids; ``cl.logit_difference(a, b)``; ``cl.direction(vector)``; ``cl.Feature(...)``; any function from
+                ids, at another position by ``cl.token_logits(*tokens, pos=)``; ``cl.logit_difference(a, b)``; ``cl.direction(vector)``; ``cl.Feature(...)``; any function from
                 logits ``[1, n_pos, d_vocab]`` to a scalar, linearised at the run; or a list of these.
             max_features: At most this many features become nodes; the others are summed into rest nodes.
             rerank_every: Rows after which influence is computed anew to choose the next features (default 256).

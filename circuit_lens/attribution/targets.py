@@ -121,6 +121,20 @@ def salient_logits(*, max_n: int = 10, mass: float = 0.95, pos: int | str = -1) 
     return SalientLogits(max_n, mass, pos)
 
 
+def token_logits(*tokens: int | str, pos: int | str = -1) -> TokenLogits:
+    """Explain the logits of given tokens (ids, or strings that are one token each) at a position.
+
+    >>> token_logits("Austin", "Houston", pos=-2)
+    TokenLogits(tokens=('Austin', 'Houston'), pos=-2)
+
+    Raises:
+        TargetError: No token given.
+    """
+    if not tokens:
+        raise TargetError("token_logits needs at least one token")
+    return TokenLogits(tokens, pos)
+
+
 def logit_difference(token: int | str, other: int | str, *, pos: int | str = -1) -> LogitDifference:
     """Explain the logit of ``token`` minus the logit of ``other`` at a position.
 
@@ -289,6 +303,8 @@ class Resolver:
 
     def _difference(self, spec: LogitDifference, n_virtual: int) -> Resolved:
         a, b = self.token_id(spec.token), self.token_id(spec.other)
+        if a == b:
+            raise TargetError(f"a logit difference needs two tokens, not {spec.token!r} twice")
         vector = self.W_U[:, a].to(self.frozen.final) - self.W_U[:, b].to(self.frozen.final)
         name = f"{token_string(self.model, a)} - {token_string(self.model, b)}"
         bias = float(self.b_U[a] - self.b_U[b])
@@ -315,7 +331,7 @@ class Resolver:
         name = getattr(metric, "__name__", None) or type(metric).__name__
         with torch.inference_mode(False), torch.enable_grad():
             logits = frozen.capped_logits().detach().clone()[None].requires_grad_()
-            value = metric(logits)
+            value = metric(logits.clone())  # a clone: metrics may edit in place, which autograd forbids for a leaf
             if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
                 given = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
                 raise TargetError(

@@ -125,18 +125,20 @@ class SaelensTranscoder:
 
 
 def fingerprint(tensors: dict[str, Tensor]) -> str:
-    """Return a short hash of named tensors: shapes, and for each up to 4,096 evenly spaced values and the sum.
+    """Return a short hash of named tensors: shapes, evenly spaced values, and the sum of those that are not huge.
 
     Sampling keeps it fast for gigabytes of weights; a change of scale, order, processing or training shows.
     """
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         flat = tensor.detach().reshape(-1)
-        sample = flat[:: max(1, flat.numel() // 4096)]
-        total = flat.sum(dtype=torch.float64 if flat.device.type == "cpu" else torch.float32)
+        huge = flat.numel() > 2**24
+        sample = flat[:: max(1, flat.numel() // (65_536 if huge else 4_096))]
         digest.update(f"{name}{tuple(tensor.shape)}".encode())
         digest.update(sample.to("cpu", torch.float32).contiguous().numpy().tobytes())
-        digest.update(f"{float(total):.6e}".encode())
+        if not huge:
+            total = flat.sum(dtype=torch.float64 if flat.device.type == "cpu" else torch.float32)
+            digest.update(f"{float(total):.6e}".encode())
     return digest.hexdigest()[:16]
 
 

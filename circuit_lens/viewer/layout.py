@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -77,11 +78,11 @@ def clean_token(text: str) -> str:
 def wrap(text: str, width: int, *, lines: int = 2) -> list[str]:
     """Break a text into at most so many lines of at most so many characters; what is left out is an ellipsis.
 
-    Lines break at blanks and after "|", which separates alternatives in labels.
+    Lines break at blanks and after "|" and "=", which separate the parts of a label.
     """
-    marked = text.replace("|", "|\0 ")
+    marked = re.sub(r"([|=])(?=\S)", "\\1\0 ", text)
     wrapped = textwrap.wrap(marked, width, max_lines=lines, placeholder="…", break_on_hyphens=False)
-    return [line.replace("|\0 ", "|").replace("\0", "") for line in wrapped] or [""]
+    return [line.replace("\0 ", "").replace("\0", "") for line in wrapped] or [""]
 
 
 def lay_out(

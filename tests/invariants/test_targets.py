@@ -139,6 +139,11 @@ def test_what_is_no_target_is_refused(case):
     assert local.attribute(5, progress=False).n_edges > 0
 
 
+def test_token_logits_needs_a_token():
+    with pytest.raises(cl.TargetError, match="at least one token"):
+        cl.token_logits()
+
+
 def test_limits_of_salient_logits_are_checked():
     for bad in ({"max_n": 0}, {"mass": 0.0}, {"mass": 1.5}):
         with pytest.raises(TargetError, match="must be"):
