@@ -74,6 +74,16 @@ def has_hook(model: HookedModel, name: str) -> bool:
     return name in model.hook_dict
 
 
+def refuse_split_inputs(model: HookedModel) -> None:
+    """Raise HookError if attention reads one residual stream per head, which norms of one stream cannot describe."""
+    for flag in ("use_split_qkv_input", "use_attn_in"):
+        if getattr(model.cfg, flag, False):
+            raise HookError(
+                f"the model has {flag} on, so each attention head has an input and a norm of its own; switch it off "
+                f"with model.set_{flag}(False), make the cache (if one is given) again, and attribute then"
+            )
+
+
 @contextlib.contextmanager
 def scoped_hooks(model: HookedModel, hooks: Sequence[Hook]) -> Iterator[None]:
     """Attach hooks for the length of a ``with`` block.

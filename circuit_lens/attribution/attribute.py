@@ -54,8 +54,9 @@ def attribute(
         ValueError: A limit below one.
     """
     for name, value in (("max_features", max_features), ("rerank_every", rerank_every), ("batch_size", batch_size)):
-        if value is not None and value < (0 if name == "max_features" else 1):
-            raise ValueError(f"{name}={value} is not valid; give a positive number or None")
+        least = 0 if name == "max_features" else 1
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
+            raise ValueError(f"{name}={value!r} is not valid; give a whole number from {least} up, or None")
     resolved = local.resolve(targets)
     total = local.n_active if max_features is None else min(max_features, local.n_active)
     bar = tqdm(

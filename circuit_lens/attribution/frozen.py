@@ -220,8 +220,13 @@ class _Stream:
         return x + jump
 
     def judge(self, edits_possible: bool) -> None:
-        """Raise if the differences cannot be a user's edits."""
-        if not self.patches or (edits_possible and 2 * self.different <= self.checked_vectors):
+        """Raise if the differences cannot be a user's edits.
+
+        A stream that departs after every layer's attention (or before every layer), at every position, is an
+        architecture that these maps do not describe (a multiplier, a norm in another place), not an edit.
+        """
+        few = 2 * self.different <= self.checked_vectors
+        if not self.patches or (edits_possible and few and not self._everywhere()):
             return
         where = f"blocks.{self.patches[0].layer}.hook_{self.patches[0].site}"
         if self.values.from_cache:
@@ -233,6 +238,15 @@ class _Stream:
         raise MapsUnavailableError(
             f"the model's residual stream is not norm, attention with constant pattern, and MLP: it departs at {where}"
         )
+
+    def _everywhere(self) -> bool:
+        """Whether the stream departs at one place of a block in every layer and at every position."""
+        n_layers = sum(name.endswith("hook_mlp_out") for name in self.values.values)
+        # The first position attends to itself alone, where a norm after attention is the same as one before it.
+        whole = [patch.site for patch in self.patches if bool(patch.vectors.any(-1)[1:].all())]
+        # The first layer's ``resid_pre`` is the embedding, which blocks do not make.
+        made = {"resid_pre": n_layers - 1, "resid_mid": n_layers}
+        return any(n > 1 and whole.count(site) >= n for site, n in made.items())
 
 
 def _gap(values: RunValues, logits: Float[Tensor, "n_pos d_vocab"], cap: float | None) -> float | None:

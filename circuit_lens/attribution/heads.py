@@ -13,6 +13,7 @@ from circuit_lens.attribution.sources import Stage
 from circuit_lens.attribution.targets import pull_back, pull_back_spread, stack
 from circuit_lens.errors import ConsistencyError, NodeNotFoundError, TargetError, nearest
 from circuit_lens.graph.nodes import Feature, Node, NodeKind
+from circuit_lens.graph.records import RankedNode
 
 if TYPE_CHECKING:
     from circuit_lens.attribution.replacement import LocalReplacementModel
@@ -133,6 +134,7 @@ def _push(local: LocalReplacementModel, vectors: Vectors) -> list[Float[Tensor, 
 
 def _source(local: LocalReplacementModel, source: Any) -> tuple[str, Vectors]:
     """Return a source's name and the vectors it adds to the residual stream, by place."""
+    source = source.node if isinstance(source, RankedNode) else source
     if isinstance(source, Node) and source.kind is not NodeKind.FEATURE:
         source = source.name
     if isinstance(source, (Feature, Node)):

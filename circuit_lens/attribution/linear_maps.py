@@ -338,6 +338,8 @@ def _probe_norm(module: Any, name: str, width: int, dtype: torch.dtype) -> NormW
             handle = point.register_forward_hook(_replace(value, seen))
             try:
                 outputs.append(module(probe).detach()[0, 0].to(dtype))
+            except AttributeError as error:
+                raise MapsUnavailableError(f"{name} cannot be measured: {error}") from error
             finally:
                 handle.remove()
     if not seen:

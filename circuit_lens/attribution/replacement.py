@@ -19,13 +19,14 @@ from circuit_lens.attribution.linear_maps import MapsUnavailableError, ModelWeig
 from circuit_lens.attribution.mlp_paths import read_constant, read_value
 from circuit_lens.attribution.sources import ActiveFeatures, Sources, collect
 from circuit_lens.attribution.sweep import Sweep
-from circuit_lens.attribution.targets import Resolved, Resolver, Targets, stack
+from circuit_lens.attribution.targets import Resolved, Resolver, Targets, TokenLogits, stack
 from circuit_lens.attribution.values import RunValues
 from circuit_lens.dictionaries.binding import Binding
 from circuit_lens.dictionaries.points import Read, read_kind
 from circuit_lens.errors import ConsistencyError, NodeNotFoundError, ReconstructionError, TargetError
 from circuit_lens.graph.nodes import Feature, Node, NodeKind, Section
 from circuit_lens.graph.positions import Which, find_position, join_tokens
+from circuit_lens.graph.records import RankedNode
 from circuit_lens.hooks import present_hooks
 from circuit_lens.running import plain_tensors, token_strings
 
@@ -230,6 +231,8 @@ class LocalReplacementModel:
         least = self.settings.min_explained
         if least is None:
             return
+        if self.frozen.n_pos == 1:  # only the first position, which dictionaries are not held to
+            return
         for f, explained in zip(self.sources.features, self.sources.explained, strict=True):
             better = self._better_input(f)
             if explained >= least and not better:
@@ -402,7 +405,10 @@ class LocalReplacementModel:
 
     def resolve(self, targets: Any) -> list[Resolved]:
         """Resolve targets as ``attribute`` does."""
-        if isinstance(targets, Node):
+        targets = targets.node if isinstance(targets, RankedNode) else targets
+        if isinstance(targets, Node) and targets.kind is NodeKind.LOGIT and targets.index < self.model.W_U.shape[-1]:
+            targets = TokenLogits((targets.index,), targets.pos)
+        elif isinstance(targets, Node):
             targets = targets.feature
         return Resolver(self.model, self.frozen, lambda pos: self.position(pos), self._resolve_feature).resolve(targets)
 

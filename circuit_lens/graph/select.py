@@ -8,9 +8,10 @@ from typing import Literal
 from circuit_lens.errors import NodeNotFoundError, TokenNotFoundError, nearest
 from circuit_lens.graph.nodes import Feature, Node, NodeKind, NodeTable
 from circuit_lens.graph.positions import Which, find_position
+from circuit_lens.graph.records import RankedNode
 
-NodeRef = int | Node | Feature | str
-"""A node's id, a Node (of this graph or of one it was pruned from), a Feature, or a string (see find_nodes)."""
+NodeRef = int | Node | RankedNode | Feature | str
+"""A node's id, a Node (of this graph or one it was pruned from; ranked or not), a Feature, or a string."""
 Role = Literal["any", "source", "target"]
 
 
@@ -35,6 +36,8 @@ def find_nodes(
         return _by_text(nodes, token_strings, ref, role, which)
     if isinstance(ref, Feature):
         return [_by_feature(nodes, token_strings, ref, which)]
+    if isinstance(ref, RankedNode):
+        ref = ref.node
     if isinstance(ref, Node):
         return [_by_node(nodes, ref)]
     if isinstance(ref, Iterable):
@@ -139,13 +142,14 @@ def _by_text(nodes: NodeTable, token_strings: Sequence[str], text: str, role: Ro
         return features
     if problem is not None and "occurs" in str(problem):
         raise problem
+    targets = ", ".join(repr(nodes.labels[i]) for i in range(len(nodes))[nodes.slice_of(NodeKind.LOGIT)][:10])
     names = [
         nodes.name(i) for part in (NodeKind.LOGIT, NodeKind.TOKEN) for i in range(len(nodes))[nodes.slice_of(part)]
     ]
     texts = {label for label in nodes.labels if label} | {token.strip() for token in token_strings} | set(names)
     raise NodeNotFoundError(
         f"No node {text!r}: give a node's name (such as {nodes.name(0)!r}), the label of a logit or feature, "
-        f"or a token of the prompt{nearest(text, sorted(texts))}."
+        f"or a token of the prompt{nearest(text, sorted(texts))}. This graph explains {targets}."
     )
 
 

@@ -45,9 +45,11 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     nothing new is left behind.
 
     Raises:
-        GraphFileError: the folder does not exist or cannot be written, or the disk is full.
+        GraphFileError: no file but a folder or device, the folder cannot be written, or the disk is full.
     """
-    path = Path(path)
+    path = Path(path).resolve()  # a link stays, what it points to is replaced
+    if path.exists() and not path.is_file():
+        raise GraphFileError(f"Could not write {path}: it is a folder or a device. Give the path of a file.")
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
