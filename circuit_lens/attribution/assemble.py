@@ -28,6 +28,7 @@ class Columns:
         member: For every column of a row, the source node it is summed into.
         n_nodes: Number of source nodes.
         n_features: Number of feature nodes, the first ones.
+        n_own: Number of leading nodes that enter a block after its own features are read: features and errors.
         layers: Layer of each node.
     """
 
@@ -36,6 +37,7 @@ class Columns:
     member: Int[Tensor, "n_columns"]
     n_nodes: int
     n_features: int
+    n_own: int
     layers: Int[Tensor, "n_nodes"]
 
     def gather(self, rows: Float[Tensor, "n n_columns"]) -> Float[Tensor, "n n_nodes"]:
@@ -75,7 +77,9 @@ class Columns:
             last = first + len(list(run))
             rows_here = _as_slice(at[first:last])
             for start, end in self._ends:
-                stop = start + int(torch.searchsorted(self.layers[start:end], layer, right=True))
+                # A feature reads its block before the block's own features and error write; attention comes earlier.
+                with_own = start >= self.n_own
+                stop = start + int(torch.searchsorted(self.layers[start:end], layer, right=with_own))
                 middle = min(max(start, self.n_features), stop)
                 if start < middle:
                     out[rows_here, start:middle] = features[first:last, start:middle].to(out.device)
@@ -142,7 +146,8 @@ def lay_out(
     n_nodes = len(selected) + len(entries)
     sections = [_features(sources, selected, sites, label), *_sections(entries)]
     layers = torch.cat([torch.as_tensor(section.layer, dtype=torch.long) for section in sections])
-    return Columns(sections, sites, _without_orphans(member, n_nodes), n_nodes, len(selected), layers)
+    n_own = len(selected) + sum(entry.kind is NodeKind.ERROR for entry in entries)
+    return Columns(sections, sites, _without_orphans(member, n_nodes), n_nodes, len(selected), n_own, layers)
 
 
 def _without_orphans(member: Int[Tensor, "n_columns"], n_nodes: int) -> Int[Tensor, "n_columns"]:

@@ -72,7 +72,7 @@ def head_loadings(local: LocalReplacementModel, source: Any, target: Any) -> Hea
     if targets.spread:
         at = {p: g for p, g in enumerate(pull_back_spread(frozen, targets, 0)) if bool(g.any())}
     else:
-        at = {int(targets.pos[0]): pull_back(frozen, targets, [0])[0]}
+        at = {int(targets.pos[0]): pull_back(frozen, targets, [0], int(targets.pos[0]))[0]}
     n_heads = frozen.attention[0].n_heads
     loadings = frozen.tokens.new_zeros(frozen.n_layers, n_heads, frozen.n_pos)
     bypass = 0.0

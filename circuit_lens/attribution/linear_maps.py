@@ -168,7 +168,7 @@ class FrozenAttention:
                 to_head = to_head - to_head.mean(1, keepdim=True)
             to_head = self.norm_out.weights.gain[:, None] * to_head
             pattern = pattern / self.norm_out.scale
-        self._to_head, self._to_resid, self._pattern = to_head.contiguous(), to_resid.contiguous(), pattern.contiguous()
+        self._to_head, self._to_resid, self._pattern = to_head, to_resid.contiguous(), pattern
 
     def linear(self, x: Float[Tensor, "n_pos d_model"]) -> Float[Tensor, "n_pos d_model"]:
         """Apply the linear part to a residual stream; the result is added to the stream after attention."""
@@ -232,7 +232,8 @@ class FrozenAttention:
         if self.norm_out is not None and self.norm_out.linear:
             g = self.norm_out.adjoint_output(g, pos)
         z = torch.matmul(g, self._to_head)
-        per_head = torch.bmm(z, self._to_resid.repeat_interleave(self.group, 0))
+        to_resid = self._to_resid if self.group == 1 else self._to_resid.repeat_interleave(self.group, 0)
+        per_head = torch.bmm(z, to_resid)
         pattern = self._pattern[:, pos, : pos + 1]
         out = (pattern.T @ per_head.flatten(1)).view(pos + 1, *per_head.shape[1:])
         return self.norm_in.adjoint_output(out, slice(0, pos + 1)) if self.norm_in.linear else out

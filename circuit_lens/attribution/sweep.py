@@ -88,8 +88,8 @@ class Sweep:
     def _run(self, targets: Targets, chosen: list[int], pos: int) -> Float[Tensor, "n n_columns"]:
         """Sweep the chosen targets, all at one position and sorted by descending layer, and return their rows."""
         waiting: dict[int, list[int]] = {}
-        for i in chosen:
-            waiting.setdefault(int(targets.layer[i]), []).append(i)
+        for i, layer in zip(chosen, targets.layer[chosen].tolist(), strict=True):
+            waiting.setdefault(layer, []).append(i)
         state = _Batch(pos, self.frozen.tokens.new_zeros(len(chosen), self.sources.n_columns))
         self._inject(state, targets, waiting.get(self.frozen.n_layers, []))
         for layer in range(min(max(waiting), self.frozen.n_layers - 1), -1, -1):
@@ -103,7 +103,7 @@ class Sweep:
             spread = pull_back_spread(self.frozen, targets, joining[0])
             state.join_spread(spread[: state.pos + 1, None].clone())
         else:
-            state.join_local(pull_back(self.frozen, targets, joining))
+            state.join_local(pull_back(self.frozen, targets, joining, state.pos))
 
     def _block(self, state: _Batch, layer: int, targets: Targets, joining: list[int]) -> None:
         sources, frozen = self.sources, self.frozen

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from circuit_lens.attribution.frozen import FrozenModel
 from circuit_lens.attribution.mlp_paths import read_adjoint
-from circuit_lens.dictionaries.points import read_kind
+from circuit_lens.dictionaries.points import parse_hook, read_kind
 from circuit_lens.errors import TargetError, nearest
 from circuit_lens.graph.nodes import Feature
 from circuit_lens.protocols import HookedModel
@@ -48,19 +48,22 @@ class Targets:
         return len(self.hooks)
 
 
-def pull_back(frozen: FrozenModel, targets: Targets, chosen: Sequence[int]) -> Float[Tensor, "n d_model"]:
-    """Return targets at one position each as gradients at the residual stream their hook reads."""
-    gradients = targets.vectors.new_zeros(len(chosen), frozen.tokens.shape[1])
-    groups: dict[tuple[str, int], list[int]] = {}
-    for row, i in enumerate(chosen):
-        groups.setdefault((targets.hooks[i], int(targets.pos[i])), []).append(row)
-    for (hook, pos), members in groups.items():
-        vectors = targets.vectors[[chosen[row] for row in members]]
+def pull_back(frozen: FrozenModel, targets: Targets, chosen: Sequence[int], pos: int) -> Float[Tensor, "n d_model"]:
+    """Return targets that are all at position ``pos`` as gradients at the residual stream their hook reads."""
+    hooks = [targets.hooks[i] for i in chosen]
+    parts = []
+    for hook in dict.fromkeys(hooks):
+        members = [i for i, other in zip(chosen, hooks, strict=True) if other == hook]
+        vectors = targets.vectors[members]
         if hook == FINAL_HOOK:
-            gradients[members] = frozen.ln_final.adjoint_output(vectors, pos)
+            parts.append(frozen.ln_final.adjoint_output(vectors, pos))
         else:
-            norm = frozen.ln2[int(targets.layer[chosen[members[0]]])]
-            gradients[members] = read_adjoint(read_kind(hook), norm, vectors, pos)
+            parts.append(read_adjoint(read_kind(hook), frozen.ln2[parse_hook(hook).layer], vectors, pos))
+    if len(parts) == 1:
+        return parts[0]
+    gradients = targets.vectors.new_zeros(len(chosen), frozen.tokens.shape[1])
+    for hook, part in zip(dict.fromkeys(hooks), parts, strict=True):
+        gradients[[row for row, other in enumerate(hooks) if other == hook]] = part
     return gradients
 
 
