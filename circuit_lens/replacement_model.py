@@ -9,11 +9,14 @@ from typing import Any, Literal
 from torch import Tensor
 
 from circuit_lens.attribution.linear_maps import ModelWeights, read_weights
-from circuit_lens.attribution.replacement import Engine, LocalReplacementModel, Settings
+from circuit_lens.attribution.probe import probe
+from circuit_lens.attribution.replacement import LocalReplacementModel
+from circuit_lens.attribution.settings import Engine, Settings
 from circuit_lens.attribution.values import compute_dtype, from_cache, from_prompt, needed_names
 from circuit_lens.dictionaries.attach import attached, feature_acts
 from circuit_lens.dictionaries.binding import Binding, bind
 from circuit_lens.dictionaries.points import Read, read_kind
+from circuit_lens.errors import ConsistencyError
 from circuit_lens.graph.graph import AttributionGraph
 from circuit_lens.hooks import has_hook, refuse_split_inputs
 from circuit_lens.protocols import Cache, Dictionary, HookedModel
@@ -40,6 +43,7 @@ class ReplacementModel:
         self, model: HookedModel, dictionaries: Iterable[Any], *, label: FeatureLabel = lambda site, layer, index: ""
     ) -> None:
         self.binding: Binding = bind(model, dictionaries)
+        self._probe = probe(self.binding.model)
         self.label = label
 
     @property
@@ -102,11 +106,14 @@ class ReplacementModel:
         extra = self._read_hooks()
         text = prompt if isinstance(prompt, str) else None
         with plain_tensors():
+            # Read anew for every prompt: the user may have edited the model's weights in between.
+            weights = read_weights(model, compute_dtype(model))
             if cache is None:
                 values = from_prompt(model, tokens, extra=extra, fwd_hooks=fwd_hooks)
             else:
+                weights = self._fit_for_caches(weights)
                 values = from_cache(model, tokens, cache, extra=extra, batch_index=batch_index)
-            return LocalReplacementModel(self.binding, self._weights(), values, settings, prompt=text, label=self.label)
+            return LocalReplacementModel(self.binding, weights, values, settings, prompt=text, label=self.label)
 
     def attribute(
         self,
@@ -133,8 +140,9 @@ class ReplacementModel:
         Args:
             prompt: Text, or token ids ``[n_pos]`` or ``[1, n_pos]``.
             targets: What to explain. None: the most probable next tokens (``cl.salient_logits()``). Token strings or
-                ids, at another position by ``cl.token_logits(*tokens, pos=)``; ``cl.logit_difference(a, b)``; ``cl.direction(vector)``; ``cl.Feature(...)``; any function from
-                logits ``[1, n_pos, d_vocab]`` to a scalar, linearised at the run; or a list of these.
+                ids, at another position by ``cl.token_logits(*tokens, pos=)``; ``cl.logit_difference(a, b)``;
+                ``cl.direction(vector)``; ``cl.Feature(...)``; any function from logits ``[1, n_pos, d_vocab]`` to a
+                scalar, linearised at the run; or a list of these.
             max_features: At most this many features become nodes; the others are summed into rest nodes.
             rerank_every: Rows after which influence is computed anew to choose the next features (default 256).
             batch_size: Rows computed at once; bounds memory, does not change the graph.
@@ -189,9 +197,11 @@ class ReplacementModel:
         """
         return feature_acts(self.binding, cache)
 
-    def _weights(self) -> ModelWeights:
-        # Read anew for every prompt: the user may have edited the model's weights in between.
-        return read_weights(self.binding.model, compute_dtype(self.binding.model))
+    def _fit_for_caches(self, weights: ModelWeights) -> ModelWeights:
+        """Apply what the short run at binding showed: a cache alone cannot tell an architecture from an edit."""
+        if self._probe.logits is not None:
+            raise ConsistencyError(f"no graph can be made from a cache of this model: {self._probe.logits}")
+        return weights if self._probe.maps is None else weights.without_attention(self._probe.maps)
 
     def _read_hooks(self) -> list[str]:
         """Return the dictionaries' read hooks that a default run fires."""

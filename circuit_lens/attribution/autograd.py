@@ -372,8 +372,8 @@ def _additivity(
         if not isinstance(zero[name], Tensor) or not zero[name].is_floating_point():
             continue
         f = [s[name].to(torch.float64) for s in (zero, one, two, both)]
-        scale = max(float((f[i] - f[0]).abs().max()) for i in (1, 2, 3))
+        scale = max(float((f[i] - f[0]).norm()) for i in (1, 2, 3))
         # What does not depend on the stream, up to rounding, is held.
-        floor = min(1e3 * torch.finfo(hooks.frozen.values.native).eps, 0.05) * float(f[0].abs().max())
-        errors[name] = float((f[3] - f[1] - f[2] + f[0]).abs().max()) / scale if scale > floor else dead
+        floor = min(1e3 * torch.finfo(hooks.frozen.values.native).eps, 0.05) * float(f[0].norm())
+        errors[name] = float((f[3] - f[1] - f[2] + f[0]).norm()) / scale if scale > floor else dead
     return errors

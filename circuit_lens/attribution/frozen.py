@@ -141,6 +141,7 @@ def freeze(model: HookedModel, weights: ModelWeights, values: RunValues, *, line
         x = mid + mlp_out[-1]
     x = stream.checked(x, len(weights.blocks) - 1, "resid_post")
     ln_final = _norm(weights.ln_final, values["ln_final.hook_scale"], x, linear_norms)
+    _check_final(values, ln_final)
     stream.judge(bool(values.from_cache or values.fwd_hooks or present_hooks(model)))
     logits = (ln_final.apply_output(x) + ln_final.constant_output()) @ model.W_U.detach().to(x)
     b_U = getattr(model, "b_U", None)
@@ -247,6 +248,19 @@ class _Stream:
         # The first layer's ``resid_pre`` is the embedding, which blocks do not make.
         made = {"resid_pre": n_layers - 1, "resid_mid": n_layers}
         return any(n > 1 and whole.count(site) >= n for site, n in made.items())
+
+
+def _check_final(values: RunValues, ln_final: FrozenNorm) -> None:
+    """Raise if the last norm's value is not what the residual stream gives: no source explains such an edit."""
+    own = values.values.get("ln_final.hook_normalized")
+    if own is None:
+        return
+    gap = float((own - ln_final.normalized).norm() / own.norm().clamp_min(torch.finfo(own.dtype).tiny))
+    if gap > PATCH_LIMIT.get(values.native, 1e-2):
+        raise ConsistencyError(
+            f"ln_final.hook_normalized in the run differs by {gap:.1e} from what the residual stream gives: something "
+            "edits it there. Edit the residual stream instead"
+        )
 
 
 def _gap(values: RunValues, logits: Float[Tensor, "n_pos d_vocab"], cap: float | None) -> float | None:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import importlib.metadata
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float, Int
@@ -14,16 +13,16 @@ from torch import Tensor
 
 from circuit_lens.attribution.assemble import Columns, lay_out, table
 from circuit_lens.attribution.autograd import FrozenHooks, attention_constants, check_linearity, rows_by_autograd
+from circuit_lens.attribution.checks import check_reads, check_reconstruction
 from circuit_lens.attribution.frozen import FrozenModel, freeze
 from circuit_lens.attribution.linear_maps import MapsUnavailableError, ModelWeights
-from circuit_lens.attribution.mlp_paths import read_constant, read_value
+from circuit_lens.attribution.settings import Row, Settings
 from circuit_lens.attribution.sources import ActiveFeatures, Sources, collect
 from circuit_lens.attribution.sweep import Sweep
 from circuit_lens.attribution.targets import Resolved, Resolver, Targets, TokenLogits, stack
 from circuit_lens.attribution.values import RunValues
 from circuit_lens.dictionaries.binding import Binding
-from circuit_lens.dictionaries.points import Read, read_kind
-from circuit_lens.errors import ConsistencyError, NodeNotFoundError, ReconstructionError, TargetError
+from circuit_lens.errors import ConsistencyError, NodeNotFoundError, TargetError
 from circuit_lens.graph.nodes import Feature, Node, NodeKind, Section
 from circuit_lens.graph.positions import Which, find_position, join_tokens
 from circuit_lens.graph.records import RankedNode
@@ -34,74 +33,7 @@ if TYPE_CHECKING:
     from circuit_lens.attribution.heads import HeadLoadings
     from circuit_lens.graph.graph import AttributionGraph
 
-Engine = Literal["auto", "fast", "reference"]
 FeatureLabel = Callable[[str, int, int], str]
-_READINGS = 16  # positions at which a dictionary's other possible inputs are tried
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What a local replacement model holds constant, and how it is computed.
-
-    Attributes:
-        norms: ``"frozen"``: norm denominators are constants; ``"linear"``: norms by their Jacobian.
-        attention: ``"frozen"``: patterns are constants; ``"linear"``: queries, keys and softmax to first order.
-        mlp: An MLP without dictionary is ``"error"``, one error node, or ``"jacobian"``, its local Jacobian.
-        engine: ``"fast"`` sweep, ``"reference"`` autograd, or ``"auto"``: fast where it applies and agrees.
-        zero_positions: Positions at which no feature is active by decree.
-        check: Check the frozen model before it is used (linearity, two rows of the fast path against the reference,
-            reconstruction).
-        min_explained: Least share of the MLP output's square that a dictionary must explain on the prompt; None: any.
-    """
-
-    norms: Literal["frozen", "linear"] = "frozen"
-    attention: Literal["frozen", "linear"] = "frozen"
-    mlp: Literal["error", "jacobian"] = "error"
-    engine: Engine = "auto"
-    zero_positions: tuple[int, ...] = ()
-    check: bool = True
-    min_explained: float | None = 0.0
-
-    def __post_init__(self) -> None:
-        valid = {
-            "norms": ("frozen", "linear"),
-            "attention": ("frozen", "linear"),
-            "mlp": ("error", "jacobian"),
-            "engine": ("auto", "fast", "reference"),
-        }
-        for name, allowed in valid.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name}={getattr(self, name)!r} is not valid; give one of {', '.join(allowed)}")
-        if self.engine == "fast" and self.attention == "linear":
-            raise ValueError("attention='linear' needs autograd; use engine='auto' or 'reference'")
-
-
-@dataclass(frozen=True, eq=False)
-class Row:
-    """One target's row: what every source contributes to it.
-
-    Attributes:
-        target: Name of the target.
-        values: Contribution of each source node, in units of the target.
-        bias: What belongs to the target alone.
-        value: The target's value; ``values.sum() + bias`` equals it.
-        names: Name of each source node.
-    """
-
-    target: str
-    values: Float[Tensor, "n_sources"]
-    bias: float
-    value: float
-    names: tuple[str, ...]
-
-    def top(self, n: int = 10) -> list[tuple[str, float]]:
-        """Return the ``n`` sources with the largest contributions, signs kept."""
-        order = self.values.abs().topk(min(n, len(self.values))).indices.tolist()
-        return [(self.names[i], float(self.values[i])) for i in order]
-
-    def __str__(self) -> str:
-        lines = [f"{self.target} = {self.value:.4f} (own bias {self.bias:+.4f})"]
-        return "\n".join(lines + [f"  {value:+9.4f}  {name}" for name, value in self.top()])
 
 
 class LocalReplacementModel:
@@ -203,65 +135,12 @@ class LocalReplacementModel:
 
     def _check(self) -> None:
         with plain_tensors():
-            self._check_reads()
-            self._check_reconstruction()
+            check_reads(self.frozen, self.sources)
+            edited = bool(self.user_hooks or self.frozen.patches)
+            check_reconstruction(self.frozen, self.sources, self.settings.min_explained, edited=edited)
         frozen = self.settings.norms == "frozen" and self.settings.attention == "frozen"
         if frozen and (not self.values.from_cache or self.engine == "reference"):
             self.checks["linearity"] = check_linearity(self._hooks())
-
-    def _check_reads(self) -> None:
-        """Raise if a dictionary's input was edited after the residual stream: no source explains such an edit."""
-        for f in self.sources.features:
-            hook, layer = f.dictionary.hook_in, f.dictionary.layer
-            own = self.values.values.get(hook)
-            if own is None or read_kind(hook) is Read.RESIDUAL:
-                continue
-            norm = self.frozen.ln2[layer]
-            mine = read_value(read_kind(hook), norm, self.frozen.base[layer]) + f.read_constant
-            error = float((own - mine).norm() / own.norm().clamp_min(1e-30))
-            limit = {torch.float64: 1e-5, torch.float32: 1e-3}.get(self.values.native, 0.1)
-            if error > limit:
-                raise ConsistencyError(
-                    f"{hook} in the run differs by {error:.1e} from what the residual stream gives: something edits "
-                    "it there. Edit the residual stream or a feature instead, or pass check=False"
-                )
-
-    def _check_reconstruction(self) -> None:
-        """Raise if a dictionary explains too little, and say which input would suit it."""
-        least = self.settings.min_explained
-        if least is None:
-            return
-        if self.frozen.n_pos == 1:  # only the first position, which dictionaries are not held to
-            return
-        for f, explained in zip(self.sources.features, self.sources.explained, strict=True):
-            better = self._better_input(f)
-            if explained >= least and not better:
-                continue
-            raise ReconstructionError(
-                f"{f.dictionary} does not reconstruct this model's MLP output as it should: it explains "
-                f"{explained:.0%} of it (least: {least:.0%}).{better} Its input hook may be another one, or the model's "
-                "weights are processed in a way it was not trained on: load the model with "
-                "from_pretrained_no_processing. To use it all the same pass min_explained=None"
-            )
-
-    def _better_input(self, f: ActiveFeatures) -> str:
-        """Say which other input would suit a dictionary clearly better, on the prompt's last positions; "" if none."""
-        layer, d, part = f.dictionary.layer, f.dictionary, slice(max(1, self.frozen.n_pos - _READINGS), None)
-        if self.frozen.n_pos == 1 or len(d.out_layers) > 1:
-            return ""
-        norm, base = self.frozen.ln2[layer], self.frozen.base[layer]
-        target = self.frozen.mlp_out[d.out_layers[0]][part]
-        left: dict[Read, float] = {}
-        for kind in Read:
-            read = (read_value(kind, norm, base) + read_constant(kind, norm))[part]
-            with torch.no_grad():
-                out = (d.decode(d.activate(d.pre_acts(read))) + d.skip(read))[:, 0]
-            left[kind] = float((target - out).square().sum() / target.square().sum().clamp_min(1e-30))
-        best = min(left, key=lambda kind: left[kind])
-        if left[best] > min(0.7, 0.75 * left[read_kind(d.hook_in)]):
-            return ""
-        name = f"blocks.{layer}.{best.value}"
-        return f" Reading {name!r} it explains {1 - left[best]:.0%}: set cfg.metadata.hook_name to that."
 
     # Looking things up
 
@@ -302,6 +181,8 @@ class LocalReplacementModel:
             feature = feature.feature
         pos = self.position(feature.pos)
         dictionary = self.binding.dictionary(feature.layer, feature.site)
+        if not 0 <= feature.index < dictionary.d_sae:
+            raise NodeNotFoundError(f"{dictionary} has features 0..{dictionary.d_sae - 1}, not {feature.index}")
         f = next(f for f in self.sources.features if f.dictionary is dictionary)
         here = f.at(pos)
         found = (f.index[here] == feature.index).nonzero()[:, 0].tolist()

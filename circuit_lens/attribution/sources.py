@@ -226,6 +226,7 @@ def _encode(
     pos, index = acts.nonzero(as_tuple=True)
     act, pre_act = acts[pos, index], pre_acts[pos, index]
     rows = act[:, None, None] * dictionary.decoder_rows(index, dtype)
+    require_finite(f"what the features of {dictionary.site} write", rows)
     bias = dictionary.decoder_bias(dtype)
     vectors, outputs, biases = [], [], []
     for o, out_layer in enumerate(dictionary.out_layers):

@@ -6,6 +6,7 @@ alone, and a value. A logit is read before any soft-cap and minus the mean over 
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -236,6 +237,8 @@ class Resolver:
             targets = targets.reshape(-1).tolist()
         if isinstance(targets, bool):
             raise TargetError(f"{targets} is no target; give a token id or string")
+        if isinstance(targets, numbers.Integral) and not isinstance(targets, bool):
+            targets = int(targets)
         if isinstance(targets, (int, str)):
             return [TokenLogits((targets,))]
         if isinstance(targets, (SalientLogits, TokenLogits, LogitDifference, Direction, Feature)):

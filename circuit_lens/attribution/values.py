@@ -70,7 +70,12 @@ def needed_names(model: HookedModel) -> list[str]:
     hooks = model.hook_dict
     for layer in range(model.cfg.n_layers):
         names += [name for suffix in per_block if (name := f"blocks.{layer}.{suffix}") in hooks]
-    return [*names, f"blocks.{model.cfg.n_layers - 1}.hook_resid_post", "ln_final.hook_scale"]
+    return [
+        *names,
+        f"blocks.{model.cfg.n_layers - 1}.hook_resid_post",
+        "ln_final.hook_scale",
+        "ln_final.hook_normalized",
+    ]
 
 
 def from_prompt(

@@ -65,6 +65,14 @@ class SaelensTranscoder:
                 f"weights of {name_out!r} do not fit together: W_enc {tuple(module.W_enc.shape)}, W_dec "
                 f"{tuple(module.W_dec.shape)}, b_enc {tuple(module.b_enc.shape)}"
             )
+        for name, shape in (
+            ("b_dec", (self.d_out,)),
+            ("threshold", (self.d_sae,)),
+            ("W_skip", (self.d_out, self.d_in)),
+        ):
+            weight = getattr(module, name, None)
+            if weight is not None and tuple(weight.shape) != shape:
+                raise DictionaryError(f"{name} of {name_out!r} has shape {tuple(weight.shape)}, it must be {shape}")
         self._fingerprint: str | None = None
 
     def __repr__(self) -> str:
@@ -177,6 +185,11 @@ def _refuse_stateful(module: Any) -> None:
             f"normalize_activations={normalize!r} makes the encoder depend on the whole input, so it is not one linear "
             "row per feature; fold the normalisation into the weights and set it to 'none'"
         )
+    for flag in ("apply_b_dec_to_input", "rescale_acts_by_decoder_norm"):
+        if getattr(module.cfg, flag, False):
+            raise DictionaryError(
+                f"{flag}=True is not defined for transcoders: the encoder would not be W_enc and b_enc"
+            )
     reshape = getattr(module.cfg, "reshape_activations", "none")
     if reshape not in (None, "none"):
         raise DictionaryError(f"reshape_activations={reshape!r} is not supported for transcoders; it must be 'none'")
