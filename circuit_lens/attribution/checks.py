@@ -55,15 +55,15 @@ def check_reconstruction(frozen: FrozenModel, sources: Sources, least: float | N
 def _better_input(frozen: FrozenModel, f: ActiveFeatures) -> str:
     """Say which other input would suit a dictionary clearly better, on the prompt's last positions; "" if none."""
     layer, d, part = f.dictionary.layer, f.dictionary, slice(max(1, frozen.n_pos - _READINGS), None)
-    if frozen.n_pos == 1 or len(d.out_layers) > 1:
+    if frozen.n_pos == 1 or len(d.out_layers) != 1:
         return ""
     norm, base = frozen.ln2[layer], frozen.base[layer]
-    target = frozen.mlp_out[d.out_layers[0]][part]
+    target = frozen.mlp_out[layer][part]
     left: dict[Read, float] = {}
     for kind in Read:
         read = (read_value(kind, norm, base) + read_constant(kind, norm))[part]
         with torch.no_grad():
-            out = (d.decode(d.activate(d.pre_acts(read))) + d.skip(read))[:, 0]
+            out = (d.decode(d.activate(d.pre_acts(read))) + d.skip(read)).select(-2, 0)
         left[kind] = float((target - out).square().sum() / target.square().sum().clamp_min(1e-30))
     best = min(left, key=lambda kind: left[kind])
     if left[best] > min(0.7, 0.75 * left[read_kind(d.hook_in)]):
