@@ -258,8 +258,8 @@ def _check_final(values: RunValues, ln_final: FrozenNorm) -> None:
     gap = float((own - ln_final.normalized).norm() / own.norm().clamp_min(torch.finfo(own.dtype).tiny))
     if gap > PATCH_LIMIT.get(values.native, 1e-2):
         raise ConsistencyError(
-            f"ln_final.hook_normalized in the run differs by {gap:.1e} from what the residual stream gives: something "
-            "edits it there. Edit the residual stream instead"
+            f"the last norm's value, ln_final.hook_normalized, differs by {gap:.1e} in the run from what the residual "
+            "stream gives: something edits it there. Edit the residual stream instead"
         )
 
 

@@ -117,7 +117,7 @@ BAD: list[tuple[Any, type[Exception], str]] = [
     (cl.direction(torch.ones(7)), TargetError, r"shape \(32,\), not \(7,\)"),
     (cl.direction(torch.full((32,), float("nan"))), TargetError, "NaN"),
     (cl.direction(torch.zeros(32)), TargetError, "zero"),
-    (cl.Feature(0, 0, 10**6), NodeNotFoundError, "not active"),
+    (cl.Feature(0, 0, 10**6), NodeNotFoundError, "has features 0"),
     (cl.Feature(7, 0, 0), cl.DictionaryError, "no dictionary at layer 7"),
     (cl.Feature(0, 99, 0), TokenNotFoundError, "Position 99"),
     (lambda logits: 1.0, TargetError, "not float"),
