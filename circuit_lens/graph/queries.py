@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 
 import torch
@@ -17,7 +18,7 @@ from circuit_lens.graph.records import Edge, Mediation, Path, RankedNode, Record
 from circuit_lens.graph.select import NodeRef, Role, find_node, find_nodes
 
 
-class GraphQueries:
+class GraphQueries(ABC):
     """The questions to an :class:`circuit_lens.graph.AttributionGraph`, which says what the attributes are."""
 
     nodes: NodeTable
@@ -25,13 +26,13 @@ class GraphQueries:
     logit_weight: Float[Tensor, "n_logits"]
     token_strings: tuple[str, ...]
 
+    @abstractmethod
     def row_totals(self, *, convention: str = "paper") -> Float[Tensor, "n_rows"]:
         """Return the sum of |edge| of each row of the full graph."""
-        raise NotImplementedError
 
+    @abstractmethod
     def influence(self, *, convention: str = "paper") -> Float[Tensor, "n"]:
         """Return the influence of each node."""
-        raise NotImplementedError
 
     # Nodes
 
