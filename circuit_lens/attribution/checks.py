@@ -63,7 +63,7 @@ def _better_input(frozen: FrozenModel, f: ActiveFeatures) -> str:
     for kind in Read:
         read = (read_value(kind, norm, base) + read_constant(kind, norm))[part]
         with torch.no_grad():
-            out = (d.decode(d.activate(d.pre_acts(read))) + d.skip(read)).select(-2, 0)
+            out = d.decode(d.activate(d.pre_acts(read), read)).select(-2, 0) + d.skip(read)
         left[kind] = float((target - out).square().sum() / target.square().sum().clamp_min(1e-30))
     best = min(left, key=lambda kind: left[kind])
     if left[best] > min(0.7, 0.75 * left[read_kind(d.hook_in)]):

@@ -72,7 +72,7 @@ class SkipPath:
     def __init__(self, dictionary: Dictionary, ln2: FrozenNorm, ln2_post: FrozenNorm | None) -> None:
         matrix = dictionary.skip_matrix(ln2.normalized.dtype)
         assert matrix is not None
-        self.matrix: Float[Tensor, "d_in d_out"] = matrix[0]
+        self.matrix: Float[Tensor, "d_in d_out"] = matrix
         self.kind, self.ln2 = read_kind(dictionary.hook_in), ln2
         self.post = ln2_post if write_kind(dictionary.hooks_out[0]) is Write.MLP_RAW else None
 

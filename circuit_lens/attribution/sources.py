@@ -222,7 +222,7 @@ def _encode(
     constant = read_constant(kind, norm)
     read = read_value(kind, norm, frozen.base[layer]) + constant
     pre_acts = dictionary.pre_acts(read).detach()
-    acts = dictionary.activate(pre_acts).detach().clone()
+    acts = dictionary.activate(pre_acts, read).detach().clone()
     require_finite(f"the activations of {dictionary.site}", acts)
     for pos in zero_positions:
         acts[pos] = 0

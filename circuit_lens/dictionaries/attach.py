@@ -107,12 +107,13 @@ class _Reader:
     ) -> tuple[Float[Tensor, "*batch n_out d_out"], Float[Tensor, "*batch n_out d_out"]]:
         d = self.dictionary
         pre = d.pre_acts(x)
-        own = d.decode(d.activate(pre))
+        own = d.decode(d.activate(pre, x))
         # Copies: a hook may edit in place, also what autograd keeps for the backward pass.
         seen = self.pre_acts(pre.clone()).to(x)
-        edited = d.decode(self.features(d.activate(seen).clone()).to(x))
+        edited = d.decode(self.features(d.activate(seen, x).clone()).to(x))
         if d.has_skip:
-            skip = d.skip(x)
+            first = torch.zeros_like(own[..., :1, :])
+            skip = torch.cat([d.skip(x)[..., None, :], first.expand_as(own[..., 1:, :])], -2)
             own, edited = own + skip, edited + skip
         return own, edited
 
@@ -262,7 +263,8 @@ def feature_acts(binding: Binding, cache: Cache) -> dict[str, Float[Tensor, "*ba
             features = run.entry(f"{d.site}.features", owner=d.site)
             if features is None:
                 x = run.input_of(d).to(model_device(binding.model))
-                features = d.activate(d.pre_acts(x.to(torch.promote_types(x.dtype, torch.float32))))
+                x = x.to(torch.promote_types(x.dtype, torch.float32))
+                features = d.activate(d.pre_acts(x), x)
             found[d.site] = features.detach()
     return found
 

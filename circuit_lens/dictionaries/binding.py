@@ -75,12 +75,11 @@ def _check_sites(dictionaries: Sequence[Dictionary]) -> None:
     written: dict[int, Dictionary] = {}
     for dictionary in dictionaries:
         for layer in dictionary.out_layers:
-            if layer in written:
+            other = written.setdefault(layer, dictionary)
+            if other is not dictionary and (other.joint != dictionary.joint or other.site == dictionary.site):
                 raise DictionaryError(
-                    f"two dictionaries write to the MLP output of layer {layer}: {written[layer]} and {dictionary}; "
-                    "give one"
+                    f"two dictionaries write to the MLP output of layer {layer}: {other} and {dictionary}; give one"
                 )
-            written[layer] = dictionary
 
 
 def _check_layers(model: HookedModel, dictionary: Dictionary) -> None:

@@ -49,7 +49,8 @@ class SaelensTranscoder:
             )
         self.hook_in = _declared_input(name_in, metadata.hf_hook_name)
         self.hooks_out = (name_out,)
-        self.site = name_out
+        self.site = self.joint = name_out
+        self.tangent = False
         read_kind(self.hook_in)
         write_kind(name_out)
         self.layer = parse_hook(self.hook_in).layer
@@ -87,17 +88,23 @@ class SaelensTranscoder:
         """Return pre-activations in the dtype of ``x``."""
         return x @ self.module.W_enc.to(x) + self.module.b_enc.to(x)
 
-    def activate(self, pre_acts: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_sae"]:
+    def activate(
+        self, pre_acts: Float[Tensor, "*batch d_sae"], x: Float[Tensor, "*batch d_in"]
+    ) -> Float[Tensor, "*batch d_sae"]:
         """Return feature activations of the pre-activations."""
         acts = pre_acts.relu()
         threshold = getattr(self.module, "threshold", None)
         return acts if threshold is None else acts * (pre_acts > threshold.to(pre_acts))
 
-    def encoder_rows(self, index: Int[Tensor, "n"], dtype: torch.dtype) -> Float[Tensor, "n d_in"]:
+    def encoder_rows(
+        self, index: Int[Tensor, "n"], dtype: torch.dtype, at: Float[Tensor, "n d_in"] | None = None
+    ) -> Float[Tensor, "n d_in"]:
         """Return the encoder rows of the given features."""
         return self.module.W_enc.detach()[:, index].T.to(dtype)
 
-    def encoder_bias(self, index: Int[Tensor, "n"], dtype: torch.dtype) -> Float[Tensor, "n"]:
+    def encoder_bias(
+        self, index: Int[Tensor, "n"], dtype: torch.dtype, at: Float[Tensor, "n d_in"] | None = None
+    ) -> Float[Tensor, "n"]:
         """Return the encoder biases of the given features."""
         return self.module.b_enc.detach()[index].to(dtype)
 
@@ -113,15 +120,20 @@ class SaelensTranscoder:
         """Return the reconstruction, decoder bias included, skip path excluded."""
         return (acts @ self.module.W_dec.to(acts) + self.module.b_dec.to(acts))[..., None, :]
 
-    def skip(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch n_out d_out"]:
+    def skip(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
         """Return the skip path's output, zeros where there is none."""
         if not self.has_skip:
-            return x.new_zeros(*x.shape[:-1], 1, self.d_out)
-        return (x @ self.module.W_skip.to(x).T)[..., None, :]
+            return x.new_zeros(*x.shape[:-1], self.d_out)
+        return x @ self.module.W_skip.to(x).T
 
-    def skip_matrix(self, dtype: torch.dtype) -> Float[Tensor, "n_out d_in d_out"] | None:
+    def skip_matrix(self, dtype: torch.dtype) -> Float[Tensor, "d_in d_out"] | None:
         """Return the skip path as a matrix, None where there is none."""
-        return self.module.W_skip.detach().T.to(dtype)[None] if self.has_skip else None
+        return self.module.W_skip.detach().T.to(dtype) if self.has_skip else None
+
+    def thresholds(self) -> Float[Tensor, "d_sae"] | None:
+        """Return the pre-activation above which each feature is active."""
+        threshold = getattr(self.module, "threshold", None)
+        return self.module.b_enc.new_zeros(self.d_sae) if threshold is None else threshold.detach().clamp_min(0)
 
     def fingerprint(self) -> str:
         """Return a short hash of the weights."""

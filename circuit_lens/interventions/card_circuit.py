@@ -184,10 +184,17 @@ def _switched(
     feel = (layer < d.layer)[:, None] & (torch.arange(study.recording.n_pos) >= pos[:, None])
     feel = feel.to(said[0].device)
     run = torch.arange(len(sources), device=feel.device)[:, None, None].expand(said[0].shape)[feel]
+    thresholds = d.thresholds()
+    if thresholds is None:
+        return
     before, was = study.recording.pre_acts(d), study.recording.acts(d) != 0
     on = was.expand(len(sources), -1, -1)[feel]
-    gap = (thresholds(d).to(before) - before).expand(len(sources), -1, -1)[feel]
-    moved, will, does = (said[0] - before)[feel], (d.activate(said[0]) != 0)[feel], (real[1] != 0)[feel]
+    gap = (thresholds.to(before) - before).expand(len(sources), -1, -1)[feel]
+    moved, will, does = (
+        (said[0] - before)[feel],
+        (d.activate(said[0], study.recording.inputs[d.site].expand(len(sources), -1, -1)) != 0)[feel],
+        (real[1] != 0)[feel],
+    )
     for kind, here in (("on", ~on), ("off", on)):
         sign = 1.0 if kind == "on" else -1.0
         room = (sign * gap[here]).clamp_min(1e-12)
@@ -212,9 +219,3 @@ def _sampled(always: Bool[Tensor, "n"], rng: torch.Generator) -> tuple[Int[Tenso
     weight = np.ones(len(certain) + len(others))
     weight[len(certain) :] = n / max(1, len(others))
     return torch.cat([certain, others]), weight
-
-
-def thresholds(d: Dictionary) -> Float[Tensor, "d_sae"]:
-    """Return the pre-activation above which each feature is active: a JumpReLU's threshold, 0 for a ReLU."""
-    threshold = getattr(getattr(d, "module", d), "threshold", None)
-    return torch.zeros(d.d_sae) if threshold is None else threshold.detach().clamp_min(0)

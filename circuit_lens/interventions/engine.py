@@ -207,7 +207,7 @@ class Changed:
                 self._old[d.site] = self._old_acts(d, x, edits)
             if self.reader is not None:
                 pre = d.pre_acts(x)
-                acts = self._acts(d, pre)
+                acts = self._acts(d, pre, x)
                 if edits is not None:
                     new = edits.base.to(acts) + edits.factor.to(acts) * self._old[d.site]
                     acts[edits.row, edits.pos - self.start, edits.index] = new
@@ -215,9 +215,11 @@ class Changed:
 
         return see
 
-    def _acts(self, d: Dictionary, pre: Float[Tensor, "n_rows n_pos d_sae"]) -> Float[Tensor, "n_rows n_pos d_sae"]:
+    def _acts(
+        self, d: Dictionary, pre: Float[Tensor, "n_rows n_pos d_sae"], x: Float[Tensor, "n_rows n_pos d_in"]
+    ) -> Float[Tensor, "n_rows n_pos d_sae"]:
         if not (self.hold.react and d.layer in self.hold.mlp):
-            return d.activate(pre)
+            return d.activate(pre, x)
         clean = self.recording.acts(d).to(pre)
         return torch.where(clean != 0, clean + (pre - self.recording.pre_acts(d).to(pre)), 0.0)
 
@@ -233,12 +235,13 @@ class Changed:
         if held or not len(moved):
             return old
         places = _Places.find(e.row[moved], e.pos[moved])
-        now = d.activate(d.pre_acts(x[places.row, places.pos - self.start]))
+        here = x[places.row, places.pos - self.start]
+        now = d.activate(d.pre_acts(here), here)
         own = now[places.of, e.index[moved]]
         # The clean activations by the same arithmetic, so that an unchanged input gives an unchanged activation.
         known = in_prompt[moved].nonzero()[:, 0]
         before = self.recording.inputs[d.site][places.pos.clamp_max(self.recording.n_pos - 1)].to(x)
-        then = d.activate(d.pre_acts(before))[places.of, e.index[moved]]
+        then = d.activate(d.pre_acts(before), before)[places.of, e.index[moved]]
         own[known] = old[moved[known]] + (own[known] - then[known])
         old[moved] = own
         return old
@@ -272,16 +275,16 @@ class Changed:
         out = self.recording.outputs[name].expand_as(live)
         for d in writers:
             o = d.hooks_out.index(name)
-            if self.hold.skip and d.has_skip:
+            if self.hold.skip and d.has_skip and o == 0:
                 x = self._x[d.site]
                 moved = x - self.recording.inputs[d.site].to(x)
-                out = (out.to(x) + d.skip(moved)[..., o, :]).to(live.dtype)
+                out = (out.to(x) + d.skip(moved)).to(live.dtype)
             if self.hold.react:
                 x = self._x[d.site]
                 out = (out.to(x) + self._reactor(d).output(x, o)).to(live.dtype)
             elif self.hold.recompute:
                 x = self._x[d.site]
-                moved = d.decode(d.activate(d.pre_acts(x))) - d.decode(self.recording.acts(d).to(x))
+                moved = d.decode(d.activate(d.pre_acts(x), x)) - d.decode(self.recording.acts(d).to(x))
                 out = (out.to(x) + moved[..., o, :]).to(live.dtype)
         return out.clone()
 
@@ -310,7 +313,7 @@ class Changed:
 
         def run(d: Dictionary) -> tuple[Tensor, Tensor]:
             x = read(d)
-            return x, d.activate(d.pre_acts(x))
+            return x, d.activate(d.pre_acts(x), x)
 
         return out - reconstruction(self.binding, name, run, out)
 

@@ -82,7 +82,7 @@ class Recording:
 
     def acts(self, d: Dictionary) -> Float[Tensor, "n_pos d_sae"]:
         """Return the activations of a dictionary's features."""
-        return self._once("acts", d.site, lambda: d.activate(self.pre_acts(d)[None])[0])
+        return self._once("acts", d.site, lambda: d.activate(self.pre_acts(d)[None], self.inputs[d.site][None])[0])
 
     def error(self, hook: str) -> Float[Tensor, "n_pos d_out"]:
         """Return what the dictionaries that write at a hook miss of the output there."""
@@ -129,8 +129,8 @@ def reconstruction(binding: Binding, hook: str, run: Any, like: Tensor) -> Tenso
     for d in binding.dictionaries:
         if hook in d.hooks_out:
             x, acts = run(d)
-            out = d.decode(acts) + (d.skip(x) if d.has_skip else 0.0)
-            total = total + out[..., d.hooks_out.index(hook), :]
+            output = d.hooks_out.index(hook)
+            total = total + d.decode(acts)[..., output, :] + (d.skip(x) if d.has_skip and output == 0 else 0.0)
     return total
 
 

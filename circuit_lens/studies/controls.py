@@ -84,7 +84,7 @@ def random_dictionaries(
     for d in rm.dictionaries:
         x, y = cache[d.hook_in][rows.real].float(), cache[d.hooks_out[0]][rows.real].float()
         module: Any = copy.deepcopy(getattr(d, "module"))  # noqa: B009
-        acts = _random_encoder(module, d.activate(d.pre_acts(x)), x, generator)
+        acts = _random_encoder(module, d.activate(d.pre_acts(x), x), x, generator)
         if decoder == "untrained":
             module.W_dec.data = _random_rows(module.W_dec.data, generator)
         else:

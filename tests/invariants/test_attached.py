@@ -668,6 +668,7 @@ class CrossLayer:
     """A cross-layer transcoder in the least code: reads layer 0, writes to layers 0 and 1."""
 
     site, layer, hook_in, kind = INNER, 0, "blocks.0.ln2.hook_normalized", "clt"
+    joint, tangent = INNER, False
     hooks_out, out_layers = (INNER, SITE), (0, 1)
     d_in = d_out = 32
     d_sae, has_skip = 40, False
@@ -680,16 +681,18 @@ class CrossLayer:
     def pre_acts(self, x: Tensor) -> Tensor:
         return x @ self.W_enc
 
-    def activate(self, pre_acts: Tensor) -> Tensor:
+    def activate(self, pre_acts: Tensor, x: Tensor) -> Tensor:
         return pre_acts.relu()
 
     def decode(self, acts: Tensor) -> Tensor:
         return torch.stack([acts @ W for W in self.W_dec], dim=-2)
 
     def skip(self, x: Tensor) -> Tensor:
-        return x.new_zeros(*x.shape[:-1], 2, 32)
+        return x.new_zeros(*x.shape[:-1], 32)
 
-    encoder_rows = encoder_bias = decoder_rows = decoder_bias = skip_matrix = fingerprint = lambda self, *args: None
+    encoder_rows = encoder_bias = decoder_rows = decoder_bias = skip_matrix = fingerprint = thresholds = (
+        lambda self, *args: None
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -179,19 +179,20 @@ class Exact:
         )
         self.site, self.layer, self.hook_in = f"blocks.{layer}.hook_mlp_out", layer, f"blocks.{layer}.mlp.hook_in"
         self.hooks_out, self.out_layers = (self.site,), (layer,)
+        self.joint, self.tangent = self.site, False
         self.d_in = self.d_out = self.W_in.shape[0]
         self.d_sae = self.W_in.shape[1]
 
     def pre_acts(self, x: Tensor) -> Tensor:
         return x @ self.W_in + self.b_in
 
-    def activate(self, pre_acts: Tensor) -> Tensor:
+    def activate(self, pre_acts: Tensor, x: Tensor) -> Tensor:
         return pre_acts.relu()
 
-    def encoder_rows(self, index: Tensor, dtype: torch.dtype) -> Tensor:
+    def encoder_rows(self, index: Tensor, dtype: torch.dtype, at: Tensor | None = None) -> Tensor:
         return self.W_in.T[index].to(dtype)
 
-    def encoder_bias(self, index: Tensor, dtype: torch.dtype) -> Tensor:
+    def encoder_bias(self, index: Tensor, dtype: torch.dtype, at: Tensor | None = None) -> Tensor:
         return self.b_in[index].to(dtype)
 
     def decoder_rows(self, index: Tensor, dtype: torch.dtype) -> Tensor:
@@ -204,10 +205,13 @@ class Exact:
         return (acts @ self.W_out + self.b_out)[..., None, :]
 
     def skip(self, x: Tensor) -> Tensor:
-        return torch.zeros(*x.shape[:-1], 1, self.d_out, dtype=x.dtype)
+        return torch.zeros(*x.shape[:-1], self.d_out, dtype=x.dtype)
 
     def skip_matrix(self, dtype: torch.dtype) -> None:
         return None
+
+    def thresholds(self) -> Tensor:
+        return torch.zeros(self.d_sae)
 
     def fingerprint(self) -> str:
         return f"exact {self.layer}"

@@ -205,19 +205,20 @@ class TwoOutputs:
     def __init__(self, first: Any, second: Any) -> None:
         self.first, self.second = first, second
         self.site, self.layer, self.hook_in = first.cfg.metadata.hook_name_out, 0, first.cfg.metadata.hook_name
+        self.joint, self.tangent = self.site, False
         self.hooks_out, self.out_layers = (self.site, second.cfg.metadata.hook_name_out), (0, 1)
         self.d_in, self.d_out, self.d_sae = first.cfg.d_in, first.cfg.d_out, first.cfg.d_sae
 
     def pre_acts(self, x: Tensor) -> Tensor:
         return x @ self.first.W_enc + self.first.b_enc
 
-    def activate(self, pre_acts: Tensor) -> Tensor:
+    def activate(self, pre_acts: Tensor, x: Tensor) -> Tensor:
         return pre_acts.relu()
 
-    def encoder_rows(self, index: Tensor, dtype: torch.dtype) -> Tensor:
+    def encoder_rows(self, index: Tensor, dtype: torch.dtype, at: Tensor | None = None) -> Tensor:
         return self.first.W_enc.T[index].to(dtype)
 
-    def encoder_bias(self, index: Tensor, dtype: torch.dtype) -> Tensor:
+    def encoder_bias(self, index: Tensor, dtype: torch.dtype, at: Tensor | None = None) -> Tensor:
         return self.first.b_enc[index].to(dtype)
 
     def decoder_rows(self, index: Tensor, dtype: torch.dtype) -> Tensor:
@@ -230,10 +231,13 @@ class TwoOutputs:
         return torch.stack([acts @ s.W_dec + s.b_dec for s in (self.first, self.second)], -2)
 
     def skip(self, x: Tensor) -> Tensor:
-        return torch.zeros(*x.shape[:-1], 2, self.d_out, dtype=x.dtype)
+        return torch.zeros(*x.shape[:-1], self.d_out, dtype=x.dtype)
 
     def skip_matrix(self, dtype: torch.dtype) -> None:
         return None
+
+    def thresholds(self) -> Tensor:
+        return torch.zeros(self.d_sae)
 
     def fingerprint(self) -> str:
         return "two"

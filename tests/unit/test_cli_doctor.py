@@ -69,7 +69,8 @@ def test_explained_variance_and_l0_are_those_of_the_definition() -> None:
         outputs, reconstructions, active = [], [], 0
         for tokens in prompts:
             _, cache = rm.model.run_with_cache(tokens)
-            acts = dictionary.activate(dictionary.pre_acts(cache[dictionary.hook_in][0, 1:]))
+            x = cache[dictionary.hook_in][0, 1:]
+            acts = dictionary.activate(dictionary.pre_acts(x), x)
             outputs.append(cache[f"blocks.{layer}.hook_mlp_out"][0, 1:])
             reconstructions.append(dictionary.decode(acts)[:, 0])
             active += int((acts > 0).sum())
