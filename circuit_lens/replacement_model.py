@@ -439,7 +439,7 @@ class ReplacementModel:
 
     def _read_hooks(self) -> list[str]:
         """Return the dictionaries' read hooks that a default run fires."""
-        names = [d.hook_in for d in self.dictionaries if read_kind(d.hook_in) is not Read.RESIDUAL]
+        names = [d.hook_in for d in self.dictionaries if read_kind(d.hook_in) not in (Read.RESIDUAL, Read.MID)]
         return [n for n in names if has_hook(self.binding.model, n)]
 
     def __repr__(self) -> str:

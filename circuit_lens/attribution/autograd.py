@@ -223,7 +223,7 @@ def _read_hook(hooks: FrozenHooks, hook: str) -> str:
     if hook == FINAL_HOOK:
         return hook
     layer, kind = parse_hook(hook).layer, read_kind(hook)
-    if kind is Read.RESIDUAL:
+    if kind in (Read.RESIDUAL, Read.MID):
         return hooks._branch_input(layer)
     return f"blocks.{layer}.ln2.hook_normalized"
 

@@ -18,7 +18,7 @@ def check_reads(frozen: FrozenModel, sources: Sources) -> None:
     for f in sources.features:
         hook, layer = f.dictionary.hook_in, f.dictionary.layer
         own = frozen.values.values.get(hook)
-        if own is None or read_kind(hook) is Read.RESIDUAL:
+        if own is None or read_kind(hook) in (Read.RESIDUAL, Read.MID):
             continue
         norm = frozen.ln2[layer]
         mine = read_value(read_kind(hook), norm, frozen.base[layer]) + f.read_constant
@@ -60,13 +60,14 @@ def _better_input(frozen: FrozenModel, f: ActiveFeatures) -> str:
     norm, base = frozen.ln2[layer], frozen.base[layer]
     target = frozen.mlp_out[layer][part]
     left: dict[Read, float] = {}
-    for kind in Read:
+    for kind in (Read.NORMALIZED, Read.NORM_OUTPUT, Read.MID):
         read = (read_value(kind, norm, base) + read_constant(kind, norm))[part]
         with torch.no_grad():
             out = d.decode(d.activate(d.pre_acts(read), read)).select(-2, 0) + d.skip(read)
         left[kind] = float((target - out).square().sum() / target.square().sum().clamp_min(1e-30))
     best = min(left, key=lambda kind: left[kind])
-    if left[best] > min(0.7, 0.75 * left[read_kind(d.hook_in)]):
+    own = Read.MID if read_kind(d.hook_in) is Read.RESIDUAL else read_kind(d.hook_in)
+    if left[best] > min(0.7, 0.75 * left[own]):
         return ""
     name = f"blocks.{layer}.{best.value}"
     return f" Reading {name!r} it explains {1 - left[best]:.0%}: set cfg.metadata.hook_name to that."

@@ -38,8 +38,10 @@ def read_value(kind: Read, norm: FrozenNorm, base: Float[Tensor, "n_pos d_model"
             return norm.apply_normalized(base)
         case Read.NORM_OUTPUT:
             return norm.apply_output(base)
-        case Read.RESIDUAL:
+        case Read.RESIDUAL | Read.MID:
             return base
+        case _:
+            raise ValueError(f"{kind.value} is not read in the MLP branch")
 
 
 def read_constant(kind: Read, norm: FrozenNorm) -> Float[Tensor, "n_pos d_model"]:
@@ -49,8 +51,10 @@ def read_constant(kind: Read, norm: FrozenNorm) -> Float[Tensor, "n_pos d_model"
             return norm.constant_normalized()
         case Read.NORM_OUTPUT:
             return norm.constant_output()
-        case Read.RESIDUAL:
+        case Read.RESIDUAL | Read.MID:
             return torch.zeros_like(norm.normalized)
+        case _:
+            raise ValueError(f"{kind.value} is not read in the MLP branch")
 
 
 def read_adjoint(
@@ -62,8 +66,10 @@ def read_adjoint(
             return norm.adjoint_normalized(g, where)
         case Read.NORM_OUTPUT:
             return norm.adjoint_output(g, where)
-        case Read.RESIDUAL:
+        case Read.RESIDUAL | Read.MID:
             return g
+        case _:
+            raise ValueError(f"{kind.value} is not read in the MLP branch")
 
 
 class SkipPath:

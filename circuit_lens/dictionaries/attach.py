@@ -307,11 +307,11 @@ class _CachedRun:
         if resid is None and f"blocks.{d.layer}.hook_resid_mid" not in self.hooks:
             resid = first("hook_resid_pre")  # attention and MLP in parallel
         normalized, scale = first("ln2.hook_normalized"), first("ln2.hook_scale")
-        if kind is Read.RESIDUAL and resid is not None:
+        if kind in (Read.RESIDUAL, Read.MID) and resid is not None:
             return resid
         if kind is Read.NORM_OUTPUT and normalized is not None:
             return _run_norm(norm, normalized, {"hook_normalized": normalized}).output
-        if kind is not Read.RESIDUAL and resid is not None:
+        if kind in (Read.NORMALIZED, Read.NORM_OUTPUT) and resid is not None:
             run = _run_norm(norm, resid, {} if scale is None else {"hook_scale": scale})
             return run.normalized if kind is Read.NORMALIZED else run.output
         raise CacheError(

@@ -90,10 +90,10 @@ def _check_layers(model: HookedModel, dictionary: Dictionary) -> None:
 
 
 def _check_hooks(model: HookedModel, dictionary: Dictionary) -> None:
-    layer, suffix = dictionary.layer, parse_hook(dictionary.hook_in).suffix
+    layer = dictionary.layer
     parallel = not has_hook(model, f"blocks.{layer}.hook_resid_mid")
     kind = read_kind(dictionary.hook_in)
-    if kind is Read.RESIDUAL and suffix == "hook_resid_mid" and parallel:
+    if kind is Read.MID and parallel:
         raise HookError(
             f"{dictionary} reads hook_resid_mid, which a model with parallel attention and MLP does not have; such a "
             "dictionary was trained on another architecture"

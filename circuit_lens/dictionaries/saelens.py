@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from circuit_lens.dictionaries.points import parse_hook, read_kind, write_kind
+from circuit_lens.dictionaries.points import check_transcoder_hooks, parse_hook
 from circuit_lens.errors import DictionaryError
 from circuit_lens.protocols import Dictionary
 
@@ -51,8 +51,7 @@ class SaelensTranscoder:
         self.hooks_out = (name_out,)
         self.site = self.joint = name_out
         self.tangent = False
-        read_kind(self.hook_in)
-        write_kind(name_out)
+        check_transcoder_hooks(self.hook_in, (name_out,))
         self.layer = parse_hook(self.hook_in).layer
         self.out_layers = (parse_hook(name_out).layer,)
         if self.out_layers[0] != self.layer:
