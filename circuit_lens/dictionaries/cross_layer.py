@@ -69,12 +69,6 @@ class CrossLayerTranscoder:
         if not n or any(count != n for count in counts.values()):
             raise DictionaryError(f"a cross-layer transcoder has one of each per layer; W_enc has {n}, others {counts}")
         for layer in range(n):
-            shapes = tuple(W_enc[layer].shape), tuple(W_dec[layer].shape)
-            if len(shapes[0]) != 2 or len(shapes[1]) != 3 or shapes[0][1] != shapes[1][0]:
-                raise DictionaryError(
-                    f"weights of layer {layer} do not fit together: W_enc {shapes[0]}, W_dec {shapes[1]}; they must be "
-                    f"[d_in, d_sae] and [d_sae, {n - layer}, d_out]"
-                )
             refuse_bad_numbers(f"W_enc of layer {layer}", W_enc[layer])
             refuse_bad_numbers(f"W_dec of layer {layer}", W_dec[layer])
         self._set(

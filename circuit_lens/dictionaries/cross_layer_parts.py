@@ -12,9 +12,9 @@ from torch import Tensor
 
 from circuit_lens.dictionaries.cross_layer_weights import (
     Matrices,
+    activate,
     decode,
     encode,
-    keep_largest,
     refuse_bad_numbers,
 )
 from circuit_lens.dictionaries.points import parse_hook, read_kind, write_kind
@@ -96,10 +96,7 @@ class CrossLayer:
         self, pre_acts: Float[Tensor, "*batch d_sae"], x: Float[Tensor, "*batch d_in"]
     ) -> Float[Tensor, "*batch d_sae"]:
         """Return feature activations of the pre-activations."""
-        acts, parts = pre_acts.relu(), self.parts
-        if parts.threshold is not None:
-            acts = acts * (pre_acts > parts.threshold.to(pre_acts))
-        return acts if parts.k is None else keep_largest(acts, parts.k)
+        return activate(pre_acts, self.parts.threshold, self.parts.k)
 
     def encoder_rows(
         self, index: Int[Tensor, "n"], dtype: torch.dtype, at: Float[Tensor, "n d_in"] | None = None

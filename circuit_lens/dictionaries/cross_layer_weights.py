@@ -55,9 +55,17 @@ class InMemory:
     Args:
         W_enc: ``[d_in, d_sae]``, any strides.
         W_dec: ``[d_sae, n_out, d_out]``.
+
+    Raises:
+        DictionaryError: Shapes that do not fit together.
     """
 
-    def __init__(self, W_enc: Float[Tensor, "d_in d_sae"], W_dec: Float[Tensor, "d_sae n_out d_out"]) -> None:
+    def __init__(self, W_enc: Tensor, W_dec: Tensor) -> None:
+        if W_enc.ndim != 2 or W_dec.ndim != 3 or W_enc.shape[1] != W_dec.shape[0]:
+            raise DictionaryError(
+                f"W_enc {list(W_enc.shape)} and W_dec {list(W_dec.shape)} do not fit together; they must be "
+                "[d_in, d_sae] and [d_sae, layers from its own to the last, d_out]"
+            )
         self.W_enc, self.W_dec = W_enc.detach(), W_dec.detach()
         (self.d_in, self.d_sae), (_, self.n_out, self.d_out) = W_enc.shape, W_dec.shape
         self.dtype = W_dec.dtype
@@ -96,6 +104,16 @@ def refuse_bad_numbers(name: str, tensor: Tensor) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------- activation
+
+
+def activate(
+    pre_acts: Float[Tensor, "*batch d_sae"], threshold: Float[Tensor, "d_sae"] | None, k: int | None
+) -> Float[Tensor, "*batch d_sae"]:
+    """Return ReLU activations: where a threshold is exceeded, if there is one; the ``k`` largest, if there is a k."""
+    acts = pre_acts.relu()
+    if threshold is not None:
+        acts = acts * (pre_acts > threshold.to(pre_acts))
+    return acts if k is None else keep_largest(acts, k)
 
 
 def keep_largest(acts: Float[Tensor, "*batch d_sae"], k: int) -> Float[Tensor, "*batch d_sae"]:
