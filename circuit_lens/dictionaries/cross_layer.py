@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from circuit_lens.dictionaries.cross_layer_files import load, save
 from circuit_lens.dictionaries.cross_layer_parts import Activation, CrossLayer, LayerParts
 from circuit_lens.dictionaries.cross_layer_weights import (
     InMemory,
@@ -166,9 +167,7 @@ class CrossLayerTranscoder:
             DictionaryError: The folder is in use or cannot be written, or the layout cannot say what this transcoder
                 is.
         """
-        from circuit_lens.dictionaries.cross_layer_files import save
-
-        save(self, folder, layout)
+        save(self.dictionaries, self.metadata, folder, layout)
 
     @classmethod
     def load(
@@ -194,9 +193,8 @@ class CrossLayerTranscoder:
         Raises:
             DictionaryError: No such folder, files that are foreign, damaged, missing or contradict each other.
         """
-        from circuit_lens.dictionaries.cross_layer_files import load
-
-        return load(folder, lazy=lazy, dtype=dtype, device=device, hook_in=hook_in, hook_out=hook_out)
+        made = cls.from_parts(*load(folder, lazy=lazy, hook_in=hook_in, hook_out=hook_out))
+        return made if dtype is None and torch.device(device).type == "cpu" else made.to(dtype, device)
 
 
 def _check_set(layers: Sequence[CrossLayer]) -> None:

@@ -30,7 +30,6 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from circuit_lens.dictionaries.cross_layer import CrossLayerTranscoder
 from circuit_lens.dictionaries.cross_layer_parts import ACTIVATIONS, Activation, CrossLayer, LayerParts
 from circuit_lens.dictionaries.cross_layer_weights import InMemory, Matrices
 from circuit_lens.dictionaries.lazy_weights import OnDisk, TensorFile
@@ -45,7 +44,9 @@ Hooks = Sequence[str] | None
 # ----------------------------------------------------------------------------------------------------------- saving
 
 
-def save(clt: CrossLayerTranscoder, folder: str | os.PathLike[str], layout: str) -> None:
+def save(
+    layers: Sequence[CrossLayer], metadata: Mapping[str, Any], folder: str | os.PathLike[str], layout: str
+) -> None:
     """Write a transcoder to a new folder (see `CrossLayerTranscoder.save`).
 
     Raises:
@@ -55,19 +56,19 @@ def save(clt: CrossLayerTranscoder, folder: str | os.PathLike[str], layout: str)
     if layout not in LAYOUTS:
         raise DictionaryError(f"layout {layout!r} is unknown; valid are {', '.join(LAYOUTS)}")
     try:
-        json.dumps(clt.metadata)
+        json.dumps(dict(metadata))
     except (TypeError, ValueError) as error:
         raise DictionaryError(
             f"the metadata are no JSON values ({error}); give numbers, texts, lists and dicts"
         ) from error
-    config = _tracer_config(clt) if layout == "circuit-tracer" else {}
+    config = _tracer_config(layers, metadata) if layout == "circuit-tracer" else {}
     with _new_folder(Path(folder)) as target:
-        for i, layer in enumerate(clt.dictionaries):
+        for i, layer in enumerate(layers):
             if layout == "circuit-tracer":
                 _write_tracer_layer(target, i, layer.parts)
             else:
                 (target / f"layer_{i}").mkdir()
-                write_saelens_layer(target / f"layer_{i}", layer, clt.metadata)
+                write_saelens_layer(target / f"layer_{i}", layer, metadata)
         if config:
             import yaml
 
@@ -84,24 +85,24 @@ def _write_tracer_layer(folder: Path, i: int, parts: LayerParts) -> None:
     _write_tensors(folder / f"W_dec_{i}.safetensors", {f"W_dec_{i}": m.decoder_slab(0, m.d_sae)})
 
 
-def _tracer_config(clt: CrossLayerTranscoder) -> dict[str, Any]:
-    read = {parse_hook(d.hook_in).suffix for d in clt.dictionaries}
-    written = {parse_hook(d.site).suffix for d in clt.dictionaries}
-    layers = [d.layer for d in clt.dictionaries]
-    if len(read) > 1 or len(written) > 1 or layers != list(range(len(layers))):
+def _tracer_config(layers: Sequence[CrossLayer], metadata: Mapping[str, Any]) -> dict[str, Any]:
+    read = {parse_hook(d.hook_in).suffix for d in layers}
+    written = {parse_hook(d.site).suffix for d in layers}
+    numbers = [d.layer for d in layers]
+    if len(read) > 1 or len(written) > 1 or numbers != list(range(len(numbers))):
         raise DictionaryError(
             f"circuit-tracer's layout knows one input and one output hook for all layers from 0 on; this transcoder "
-            f"reads {sorted(read)} and writes {sorted(written)} in layers {layers}; use layout='saelens'"
+            f"reads {sorted(read)} and writes {sorted(written)} in layers {numbers}; use layout='saelens'"
         )
-    first = clt.dictionaries[0].parts
+    first = layers[0].parts
     config = {
         "model_kind": "cross_layer_transcoder",
-        "model_name": clt.metadata.get("model_name"),
+        "model_name": metadata.get("model_name"),
         "feature_input_hook": read.pop(),
         "feature_output_hook": written.pop(),
         "activation": {"jumprelu": "jump_relu"}.get(first.activation, first.activation),
         "k": first.k,
-        "circuit_lens": {"version": 1, "metadata": clt.metadata},
+        "circuit_lens": {"version": 1, "metadata": dict(metadata)},
     }
     return {name: value for name, value in config.items() if value is not None}
 
@@ -186,15 +187,9 @@ def _flush(path: Path) -> None:
 
 
 def load(
-    folder: str | os.PathLike[str],
-    *,
-    lazy: bool = False,
-    dtype: torch.dtype | None = None,
-    device: torch.device | str = "cpu",
-    hook_in: str | Hooks = None,
-    hook_out: str | Hooks = None,
-) -> CrossLayerTranscoder:
-    """Read a transcoder from a folder in either layout (see `CrossLayerTranscoder.load`).
+    folder: str | os.PathLike[str], *, lazy: bool = False, hook_in: str | Hooks = None, hook_out: str | Hooks = None
+) -> tuple[list[LayerParts], dict[str, Any]]:
+    """Read a transcoder's layers and metadata from a folder in either layout (see `CrossLayerTranscoder.load`).
 
     Raises:
         DictionaryError: No such folder, files that are foreign, damaged, missing or contradict each other.
@@ -213,9 +208,7 @@ def load(
     made, config, metadata = (_tracer_parts if tracer else _saelens_parts)(path, n_layers, lazy)
     reads = _hooks("hook_in", hook_in, n_layers, config)
     writes = _hooks("hook_out", hook_out, n_layers, config)
-    layers = [p(reads[i], tuple(writes[i:]), f"clt {writes[0]}") for i, p in enumerate(made)]
-    clt = CrossLayerTranscoder.from_parts(layers, metadata)
-    return clt if dtype is None and torch.device(device).type == "cpu" else clt.to(dtype=dtype, device=device)
+    return [part(reads[i], tuple(writes[i:]), f"clt {writes[0]}") for i, part in enumerate(made)], metadata
 
 
 _Made = tuple[list[Callable[[str, tuple[str, ...], str], LayerParts]], dict[str, list[str]], dict[str, Any]]
