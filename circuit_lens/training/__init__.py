@@ -1,4 +1,7 @@
-"""Training of dictionaries with SAELens' own trainer."""
+"""Training of dictionaries on activations of any hooked model, with SAELens' own trainer.
+
+The names below are found on first use: importing this package loads none of torch and sae_lens.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +9,40 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from circuit_lens.training.activations import MlpActivations, mlp_activations
+    from circuit_lens.training.data import ActivationStore
+    from circuit_lens.training.data_collect import collect_activations
+    from circuit_lens.training.data_text import TokenRows, token_rows
+    from circuit_lens.training.sae import SaeSettings, train_sae
+    from circuit_lens.training.trainer import DictionaryFit, measure_fit
     from circuit_lens.training.transcoder import TranscoderSettings, train_transcoder
 
-__all__ = ["MlpActivations", "TranscoderSettings", "mlp_activations", "train_transcoder"]
+__all__ = [
+    "ActivationStore",
+    "DictionaryFit",
+    "MlpActivations",
+    "SaeSettings",
+    "TokenRows",
+    "TranscoderSettings",
+    "collect_activations",
+    "measure_fit",
+    "mlp_activations",
+    "token_rows",
+    "train_sae",
+    "train_transcoder",
+]
 
 _HOMES = {
+    "ActivationStore": "circuit_lens.training.data",
+    "DictionaryFit": "circuit_lens.training.trainer",
     "MlpActivations": "circuit_lens.training.activations",
-    "mlp_activations": "circuit_lens.training.activations",
+    "SaeSettings": "circuit_lens.training.sae",
+    "TokenRows": "circuit_lens.training.data_text",
     "TranscoderSettings": "circuit_lens.training.transcoder",
+    "collect_activations": "circuit_lens.training.data_collect",
+    "measure_fit": "circuit_lens.training.trainer",
+    "mlp_activations": "circuit_lens.training.activations",
+    "token_rows": "circuit_lens.training.data_text",
+    "train_sae": "circuit_lens.training.sae",
     "train_transcoder": "circuit_lens.training.transcoder",
 }
 
