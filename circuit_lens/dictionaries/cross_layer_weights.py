@@ -7,7 +7,7 @@ the dtype of the computation, and a decoder is touched only where a feature is a
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -19,6 +19,7 @@ CHUNK_NUMBERS = 2**23
 """Numbers of a matrix that are handled at once: 32 MiB in float32."""
 
 
+@runtime_checkable
 class Matrices(Protocol):
     """The two large matrices of a layer, wherever they are."""
 
