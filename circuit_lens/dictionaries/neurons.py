@@ -288,8 +288,9 @@ def _written(model: HookedModel, layer: int) -> str:
     hooks = model.hook_dict
     if raw in hooks and out in hooks and hooks[raw] is not hooks[out]:
         raise DictionaryError(
-            f"what layer {layer} adds to the residual stream ({out}) is another hook point than its MLP's output ({raw}): "
-            "the block changes it in between, or has no module of its own for its MLP; leave it out with layers="
+            f"what layer {layer} adds to the residual stream ({out}) is another hook point than its MLP's output "
+            f"({raw}): the block changes it in between, or has no module of its own for its MLP; leave it out with "
+            "layers="
         )
     return out
 

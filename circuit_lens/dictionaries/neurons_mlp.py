@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float
@@ -70,7 +70,12 @@ def read_mlp(mlp: Any) -> MlpWeights:
             "with layers="
         )
     shape = tuple(W_in.shape)
-    if W_in.ndim != 2 or W_out.ndim != 2 or W_out.shape[0] != shape[1] or W_gate is not None and W_gate.shape != shape:
+    if (
+        W_in.ndim != 2
+        or W_out.ndim != 2
+        or W_out.shape[0] != shape[1]
+        or (W_gate is not None and W_gate.shape != shape)
+    ):
         gate = "" if W_gate is None else f", W_gate {tuple(W_gate.shape)}"
         raise DictionaryError(
             f"weights of {type(mlp).__name__} do not fit together: W_in {shape}, W_out {tuple(W_out.shape)}{gate}"
@@ -100,7 +105,8 @@ def activation_of(mlp: Any, act_fn: str | None) -> tuple[str, list[Activation]]:
         for name in _ACTIVATIONS:
             function = getattr(owner, name, None)
             if callable(function) and function not in [f for _, f in found]:
-                found.append((getattr(function, "__name__", type(function).__name__), function))
+                label = str(getattr(function, "__name__", type(function).__name__))
+                found.append((label, cast(Activation, function)))
     if act_fn in SUPPORTED_ACTIVATIONS:
         found.append((f"cfg.act_fn={act_fn!r}", SUPPORTED_ACTIVATIONS[act_fn]))
     if not found:

@@ -173,7 +173,7 @@ def test_a_neuron_added_once_more_moves_every_target_by_its_column(name, kind):
         vector = hand.contribution(node.layer, node.pos, node.index)
         moved = moved_by(hand, graph, {hand.out[node.layer]: vector})
         assert float(((moved - graph.adjacency[:, i]).abs() / scale).max()) < limit
-    assert float(((1.01 * moved - graph.adjacency[:, i]).abs() / scale).max()) > limit  # negative control
+        assert float(((1.01 * moved - graph.adjacency[:, i]).abs() / scale).max()) > limit  # negative control
     token = next(graph.node(i) for i in cases.ids(graph, NodeKind.TOKEN) if graph.node(i).pos == 1)
     vector = torch.zeros_like(hand.clean["hook_embed"])
     vector[1] = hand.clean["hook_embed"][1]

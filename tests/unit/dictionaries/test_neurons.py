@@ -262,7 +262,7 @@ def test_arguments_that_mean_nothing_are_refused():
     model = hooked()
     with pytest.raises(DictionaryError, match=r"layers=\[0, 1\]: the model has layers 0..0, not 1"):
         neurons(model, layers=[0, 1])
-    with pytest.raises(DictionaryError, match="layers 0..0, not -1"):
+    with pytest.raises(DictionaryError, match=r"layers 0\.\.0, not -1"):
         neurons(model, layers=[-1])
     with pytest.raises(DictionaryError, match="names a layer twice"):
         neurons(model, layers=[0, 0])
