@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import os
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import ParamSpec
 
 import typer
@@ -21,8 +19,6 @@ from circuit_lens.errors import CircuitLensError
 
 P = ParamSpec("P")
 
-# Packages whose exceptions mean that something could not be fetched or read.
-_CLIENTS = ("huggingface_hub", "httpx", "requests", "safetensors")
 BROKEN, USER_ERROR, INTERRUPTED = 1, 2, 130
 
 
@@ -68,26 +64,14 @@ def _was_interrupted(error: BaseException | None) -> bool:
 
 
 @contextlib.contextmanager
-def fetching(what: str, repository: str) -> Iterator[None]:
-    """Turn what the hub's client raises where a file is missing or cannot be fetched into a CommandError."""
+def argument_errors() -> Iterator[None]:
+    """Turn what loading says of a name or of files that cannot be fetched into a CommandError."""
+    from circuit_lens.loading.failures import LoadError
+
     try:
         yield
-    except CircuitLensError:
-        raise
-    except Exception as error:
-        module = type(error).__module__.split(".")[0]
-        if not isinstance(error, OSError | ValueError) and module not in _CLIENTS:
-            raise
-        reason = " ".join(str(error).split())
-        reason = reason if len(reason) <= 300 else reason[:297] + "..."
-        local = Path(repository).is_dir()
-        source = f"It lies in {repository}" if local else f"It is fetched from https://huggingface.co/{repository}"
-        offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
-        advice = "" if local else (
-            ", which HF_HUB_OFFLINE forbids; unset it, or fetch it once elsewhere" if offline else
-            ": check the name, the network, and HF_TOKEN for a gated one; once fetched, it is loaded offline"
-        )  # fmt: skip
-        raise CommandError(f"could not load {what}. {source}{advice}. Reason: {reason}") from error
+    except LoadError as error:
+        raise CommandError(str(error)) from error
 
 
 def show_error(message: str, *, title: str = "Error") -> None:

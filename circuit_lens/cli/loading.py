@@ -8,12 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from circuit_lens.cli.failing import CommandError, fetching
+from circuit_lens.cli.dictionary_names import find_dictionaries, load_dictionaries, releases_for
+from circuit_lens.cli.failing import CommandError, argument_errors
 from circuit_lens.cli.quiet import upstream_quiet
 
 if TYPE_CHECKING:
     import torch
 
+    from circuit_lens.cli.dictionary_names import Found
+    from circuit_lens.loading import Published
     from circuit_lens.replacement_model import ReplacementModel
 
 DEFAULT_MODEL = "capitals"
@@ -47,7 +50,8 @@ def load_pair(
 
     Args:
         model: a bundled name, or a name (for ``bridge`` also a folder) that TransformerLens loads; None: the default.
-        dictionaries: see :func:`circuit_lens.cli.dictionary_names.load_dictionaries`; none means the bundled ones.
+        dictionaries: see :func:`circuit_lens.cli.dictionary_names.load_dictionaries`; none means the bundled
+            ones, or the model's default set of :func:`circuit_lens.loading.table`.
         device: where to compute; None means the first accelerator, and the CPU for bundled models.
         dtype: one of `DTYPES`.
         bridge: load a TransformerBridge instead of a HookedTransformer.
@@ -58,6 +62,7 @@ def load_pair(
     """
     with upstream_quiet():
         from circuit_lens import zoo
+        from circuit_lens.loading import pairs
         from circuit_lens.replacement_model import ReplacementModel
 
         name = DEFAULT_MODEL if model is None else model
@@ -68,56 +73,60 @@ def load_pair(
             raise CommandError(f"{name!r} is bundled as a HookedTransformer; leave out --bridge")
         where, kind = choose_device(device, cpu=bundled), parse_dtype(dtype)
         if bundled:
-            return Pair(_bundled(name, dictionaries, where, kind), name, True)
-        check_name(name, bridge=bridge)
-        if not dictionaries:
-            raise CommandError(_no_dictionaries(name))
-        from circuit_lens.cli.dictionary_names import find_dictionaries, load_dictionaries
+            found = find_dictionaries(dictionaries)  # a wrong name shows before the model is made
+            return Pair(_bundled(name, found, where, kind), name, True)
+        record = None if dictionaries else published(name)
+        bridge = bridge or (record is not None and record.model_class == "TransformerBridge")
+        if record is None:
+            check_name(name, bridge=bridge)
+        with argument_errors():
+            found = find_dictionaries(dictionaries) if record is None else pairs.find_for(record, None)
+        loaded = load_model(name, where, kind, bridge=bridge, record=record)
+        modules = load_dictionaries(found, where, dtype, record)
+        if not bridge:
+            pairs.check_processing(modules, {} if record is None else record.processing)
+        return Pair(ReplacementModel(loaded, modules), name, False)
 
-        found = find_dictionaries(dictionaries)  # a wrong name shows before the model is fetched
-        loaded = load_model(name, where, kind, bridge=bridge)
-        return Pair(ReplacementModel(loaded, load_dictionaries(found, where, dtype)), name, False)
+
+def published(name: str) -> Published | None:
+    """Return the default set of dictionaries of a model, by the table of published ones.
+
+    Raises:
+        CommandError: There is none; says which SAELens knows, or what is wrong with the model's name.
+    """
+    from circuit_lens.loading import LoadError
+    from circuit_lens.loading.published import variant
+
+    try:
+        return variant(name, None)
+    except LoadError:
+        check_name(name, bridge=Path(name).expanduser().is_dir())
+        raise CommandError(_no_dictionaries(name)) from None
 
 
-def _bundled(name: str, dictionaries: Sequence[str], device: torch.device, dtype: torch.dtype) -> ReplacementModel:
+def _bundled(name: str, found: Sequence[Found], device: torch.device, dtype: torch.dtype) -> ReplacementModel:
     """Load a bundled model, with its own dictionaries unless others are given."""
-    import torch
+    from circuit_lens.loading import pairs
 
-    from circuit_lens import zoo
-    from circuit_lens.cli.dictionary_names import find_dictionaries, load_dictionaries
-    from circuit_lens.replacement_model import ReplacementModel
-
-    if not dictionaries:
-        rm = zoo.load(name)
-        if device.type == "cpu" and dtype is torch.float32:
-            return rm
-        modules: list[Any] = [getattr(dictionary, "module") for dictionary in rm.dictionaries]  # noqa: B009
-        model, label = rm.model, rm.label
-        modules = [module.to(device=device, dtype=dtype) for module in modules]
-    else:
-        found = find_dictionaries(dictionaries)
-        model, label = zoo.load_model(name), None
-        modules = load_dictionaries(found, device, str(dtype).removeprefix("torch."))
-    model.to(device, print_details=False)
-    model.to(dtype, print_details=False)
-    return ReplacementModel(model, modules) if label is None else ReplacementModel(model, modules, label=label)
+    with argument_errors():
+        return pairs.load_bundled(name, found=found or None, device=device, dtype=dtype)
 
 
-def load_model(name: str, device: torch.device, dtype: torch.dtype, *, bridge: bool) -> Any:
-    """Load a model by TransformerLens, its weights as they are.
+def load_model(
+    name: str, device: torch.device, dtype: torch.dtype, *, bridge: bool, record: Published | None = None
+) -> Any:
+    """Load a model by TransformerLens, its weights as they are unless its dictionaries were made for others.
 
     Raises:
         CommandError: an unknown name, a folder without ``bridge``, or weights that cannot be fetched.
     """
-    source = check_name(name, bridge=bridge)
-    with fetching(f"the model {name}", source):
-        if not bridge:
-            from transformer_lens import HookedTransformer
+    from circuit_lens.loading import pairs
 
-            return HookedTransformer.from_pretrained_no_processing(name, device=str(device), dtype=dtype).eval()
-        from transformer_lens.model_bridge import TransformerBridge
-
-        return TransformerBridge.boot_transformers(source, device=str(device), dtype=dtype).eval()
+    kind = "TransformerBridge" if bridge else "HookedTransformer"
+    processing = {} if record is None or bridge else record.processing
+    source = name if record is not None else check_name(name, bridge=bridge)
+    with argument_errors():
+        return pairs.load_model(source, device, dtype, model_class=kind, processing=processing, record=record)
 
 
 def check_name(name: str, *, bridge: bool) -> str:
@@ -126,16 +135,17 @@ def check_name(name: str, *, bridge: bool) -> str:
     Raises:
         CommandError: a name that HookedTransformer does not know, or a folder, without ``bridge``.
     """
+    from circuit_lens.loading import LoadError
+    from circuit_lens.loading.pairs import official_name
+
     folder = Path(name).expanduser()
     if bridge:
         return str(folder) if folder.is_dir() else name
     if folder.is_dir():
         raise CommandError(f"--model {name}: a HookedTransformer loads by name only; add --bridge to load a folder")
-    from transformer_lens.loading_from_pretrained import get_official_model_name
-
     try:
-        return get_official_model_name(name)
-    except ValueError:
+        return official_name(name)
+    except LoadError:
         raise CommandError(_unknown_model(name)) from None
 
 
@@ -156,13 +166,11 @@ def _unknown_model(name: str) -> str:
 
 def _no_dictionaries(name: str) -> str:
     """Say that dictionaries are needed, and which published ones are for this model."""
-    from circuit_lens.cli.dictionary_names import releases_for
-
     found = releases_for(name)
     known = f"SAELens knows these transcoders for it: {', '.join(found)}" if found else (
-        "SAELens lists no transcoders for it; give release:id, or a folder in SAELens' format"
+        "SAELens lists no transcoders for it; give release:id, hf:owner/name, or a folder with dictionaries"
     )  # fmt: skip
-    return f"--model {name}: not bundled, so --dictionaries is needed. {known}"
+    return f"--model {name}: not bundled and not in the table, so --dictionaries is needed. {known}"
 
 
 def choose_device(device: str | None, *, cpu: bool = False) -> torch.device:
@@ -171,20 +179,10 @@ def choose_device(device: str | None, *, cpu: bool = False) -> torch.device:
     Raises:
         CommandError: a name of nothing, or of a device this computer lacks.
     """
-    import torch
+    from circuit_lens.loading.pairs import pick_device
 
-    accelerators = [f"cuda:{i}" for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
-    accelerators += ["mps"] if torch.backends.mps.is_available() else []
-    if device is None:
-        return torch.device("cpu" if cpu or not accelerators else accelerators[0])
-    valid = ", ".join(["cpu", *accelerators])
-    try:
-        chosen = torch.device(device)
-    except RuntimeError:
-        raise CommandError(f"--device {device}: no such device; here are {valid}") from None
-    if chosen.type != "cpu" and not any(name == str(chosen) or name.split(":")[0] == device for name in accelerators):
-        raise CommandError(f"--device {device}: this computer has none; here are {valid}")
-    return chosen
+    with argument_errors():
+        return pick_device(device, cpu=cpu, option="--device ")
 
 
 def parse_dtype(dtype: str) -> torch.dtype:

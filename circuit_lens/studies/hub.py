@@ -6,12 +6,8 @@ Where that cannot be had, :class:`StudySkipped` says what would have been fetche
 
 from __future__ import annotations
 
-import os
-import warnings
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
-
-import torch
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from circuit_lens.errors import CircuitLensError, InterventionError
 from circuit_lens.interop.neuronpedia_url import supernodes_from_url
@@ -21,12 +17,13 @@ from circuit_lens.studies.places import Places
 from circuit_lens.studies.tables import Cell, Row, StudyTable
 
 if TYPE_CHECKING:
+    import torch
+
     from circuit_lens.replacement_model import ReplacementModel
     from circuit_lens.zoo.corpus import Corpus
 
-MODEL, REPOSITORY = "gemma-2-2b", "google/gemma-2-2b"
-RELEASE = "gemma-scope-2b-pt-transcoders"
-"""SAELens' release: one transcoder per layer, 16384 features, those of the published graphs."""
+MODEL = "gemma-2-2b"
+"""With its default set of :func:`circuit_lens.loading.table`: a transcoder per layer, those of the published graphs."""
 PROMPT = "Fact: the capital of the state containing Dallas is"
 DALLAS = (
     "https://www.neuronpedia.org/gemma-2-2b/graph?slug=gemma-fact-dallas-austin"
@@ -73,56 +70,24 @@ class ProseLab(Lab):
         return int(self.model.to_tokens(f" {phrase}", prepend_bos=False)[0, 0])
 
 
-def load_gemma(*, device: str | None = None, dtype: torch.dtype = torch.bfloat16) -> ReplacementModel:
+def load_gemma(*, device: str | None = None, dtype: torch.dtype | None = None) -> ReplacementModel:
     """Return Gemma-2-2b with its published transcoders, fetched from the hub or its local cache.
 
     Args:
         device: Where to compute; None: an accelerator if there is one.
-        dtype: Of the model; the transcoders are float32.
+        dtype: Of model and transcoders; None: the model in bfloat16, the transcoders in float32 as they are published.
 
     Raises:
         StudySkipped: The hub cannot be reached, or does not let us in, and nothing is cached.
     """
-    from circuit_lens.replacement_model import ReplacementModel
+    from circuit_lens.loading import FetchError, load
 
-    where = device or ("cuda" if torch.cuda.is_available() else "cpu")
-
-    def model() -> Any:
-        from transformer_lens import HookedTransformer
-
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # of HookedTransformer as such
-            return HookedTransformer.from_pretrained_no_processing(MODEL, device=where, dtype=dtype).eval()
-
-    def dictionaries() -> list[Any]:
-        from sae_lens import SAE
-        from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
-
-        ids = get_pretrained_saes_directory()[RELEASE].saes_map
-        ordered = sorted(ids, key=lambda one: int(one.split("/")[0].removeprefix("layer_")))
-        return [SAE.from_pretrained(RELEASE, one, device=where) for one in ordered]
-
-    loaded = _fetched(f"the model {REPOSITORY}", model)
-    return ReplacementModel(loaded, _fetched(f"SAELens' release {RELEASE} (google/{RELEASE})", dictionaries))
-
-
-def _fetched(what: str, load: Callable[[], Any]) -> Any:
-    """Return what a loader returns.
-
-    Raises:
-        StudySkipped: It could not fetch its files.
-    """
     try:
-        return load()
-    except Exception as error:
-        module = type(error).__module__.split(".")[0]
-        if not isinstance(error, OSError) and module not in ("huggingface_hub", "requests", "httpx", "urllib3"):
-            raise
-        reason = " ".join(str(error).split())[:200]
-        offline = " (HF_HUB_OFFLINE forbids the network)" if os.environ.get("HF_HUB_OFFLINE") else ""
+        return load(MODEL, device=device, dtype=dtype)
+    except FetchError as error:
         raise StudySkipped(
-            f"the studies on {MODEL} would fetch {what} from https://huggingface.co{offline}, which failed: {reason}; "
-            f"give network, and HF_TOKEN of an account that accepted Gemma's licence, and call again"
+            f"the studies on {MODEL}: {error}; give network, and HF_TOKEN of an account that accepted Gemma's licence, "
+            "and call again"
         ) from error
 
 

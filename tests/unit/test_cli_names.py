@@ -119,8 +119,9 @@ def test_dtype_is_that_of_model_and_dictionaries(folders: dict[str, str]) -> Non
     ("arguments", "message"),
     [
         ({"model": "gpt3"}, "there is no such model.*nearest: .*gpt"),
-        ({"model": "gpt2"}, "--dictionaries is needed. SAELens lists no transcoders"),
-        ({"model": "gemma-2-2b"}, f"--dictionaries is needed.*{ONE_PER_LAYER}"),
+        ({"model": "pythia-70m"}, "--dictionaries is needed. SAELens lists no transcoders"),
+        ({"model": "gemma-2-9b"}, "not in the table, so --dictionaries is needed"),
+        ({"model": "gemma-2-2b"}, r"huggingface\.co/google/gemma-2-2b, which HF_HUB_OFFLINE"),
         ({"model": "gpt2", "dictionaries": ["nothing"]}, "no such folder"),
         ({"model": "gpt2", "dictionaries": [ONE_PER_LAYER]}, r"huggingface\.co/.*gpt2, which HF_HUB_OFFLINE"),
         ({"model": "no/such", "dictionaries": [ONE_PER_LAYER], "bridge": True}, r"huggingface\.co/no/such"),
