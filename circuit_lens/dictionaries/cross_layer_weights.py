@@ -172,7 +172,7 @@ def encode(weights: Matrices, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, 
     def transposed(grad: Tensor) -> Tensor:
         out = grad.new_zeros(*grad.shape[:-1], weights.d_in)
         for start, stop in _chunks(weights.d_sae, weights.d_in):
-            out += grad[..., start:stop] @ weights.encoder_columns(start, stop).to(grad).T
+            out = out + grad.narrow(-1, start, stop - start) @ weights.encoder_columns(start, stop).to(grad).T
         return out
 
     return _Linear.apply(x, apply, transposed)
