@@ -15,7 +15,7 @@ from circuit_lens.protocols import HookedModel
 from circuit_lens.running import Prompt, to_tokens
 
 Rows = Int[Tensor, "row pos"] | Prompt | Sequence[Prompt]
-Mask = Bool[Tensor, "row pos"] | Sequence[Any]
+Mask = Tensor | Sequence[Any]
 # Values of one kind (logits, activations) that a batch may have, and its tokens.
 _MOST_VALUES, _MOST_TOKENS = 2**26, 4096
 

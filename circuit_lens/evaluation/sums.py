@@ -26,10 +26,11 @@ class Estimate:
         return self.value
 
     def __str__(self) -> str:
-        return f"{self:.3f}"
+        return format(self, "")
 
     def __format__(self, spec: str) -> str:
-        """Format value and error alike."""
+        """Format value and error alike, with three decimals if nothing is said."""
+        spec = spec or ".3f"
         error = f" ± {format(self.error, spec.lstrip('+'))}" if math.isfinite(self.error) else ""
         return format(self.value, spec) + error
 

@@ -46,11 +46,11 @@ class Encoder:
         cut: c; see the module.
     """
 
-    def __init__(self, d: Dictionary, rng: torch.Generator, like: Tensor) -> None:
-        self.W = _unit_rows(d.d_sae, d.d_in, rng).T.to(like)
-        self.mean = self.std = torch.zeros(d.d_sae, dtype=like.dtype, device=like.device)
+    def __init__(self, d_in: int, d_sae: int, rng: torch.Generator, like: Tensor) -> None:
+        self.W = _unit_rows(d_sae, d_in, rng).T.to(like)
+        self.mean = self.std = torch.zeros(d_sae, dtype=like.dtype, device=like.device)
         self.cut = 0.0
-        self._n, self._sum, self._square = 0, torch.zeros(d.d_sae), torch.zeros(d.d_sae)
+        self._n, self._sum, self._square = 0, torch.zeros(d_sae), torch.zeros(d_sae)
         self._counts = torch.zeros(_N_BINS, dtype=torch.long)
 
     def observe(self, x: Float[Tensor, "n d_in"]) -> None:
@@ -184,7 +184,7 @@ def make_twins(
     twins: dict[str, list[Twin]] = {"random": [], "untrained": []}
     for i, d in enumerate(dictionaries):
         rng = torch.Generator().manual_seed(seed * 1_000_003 + i)
-        encoder, n_out = Encoder(d, rng, like), len(d.hooks_out)
+        encoder, n_out = Encoder(d.d_in, d.d_sae, rng, like), len(d.hooks_out)
         random = torch.stack([_unit_rows(d.d_sae, d.d_out, rng).to(like) for _ in range(n_out)])
         tied = encoder.W.T.expand(n_out, -1, -1) if d.d_in == d.d_out else random
         encoders.append(encoder)
