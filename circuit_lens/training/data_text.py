@@ -147,7 +147,7 @@ def read_documents(path: Path | str) -> list[str]:
     return found
 
 
-def _documents(text: Any) -> Iterable[str]:
+def _documents(text: Any) -> Iterable[Any]:
     if isinstance(text, Path):
         return read_documents(text)
     if isinstance(text, str):

@@ -51,6 +51,8 @@ class SaeSettings(TrainerSettings):
         warm_up_share: Share of the steps over which these weights rise from 0.
     """
 
+    auxiliary: float = 1 / 4
+    dead_window: int = 20
     architecture: SaeArchitecture = "batchtopk"
     l1: float = 5.0
     l0: float = 0.3
