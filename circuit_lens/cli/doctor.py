@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -17,11 +17,14 @@ from rich.text import Text
 
 from circuit_lens.cli import options
 from circuit_lens.cli.failing import BROKEN, CommandError, line_width
+from circuit_lens.cli.outputs import output_file, write_files, write_json
 from circuit_lens.errors import CircuitLensError
 
 if TYPE_CHECKING:
     from circuit_lens.cli.loading import Pair
 
+JSON_FILE = Annotated[str | None, typer.Option(
+    "--json", metavar="FILE", help="All figures of the pair as JSON.", show_default=False)]  # fmt: skip
 PACKAGES = ("circuit-lens", "torch", "transformer-lens", "sae-lens", "transformers", "safetensors", "einops",
             "jaxtyping", "matplotlib", "typer", "rich")  # fmt: skip
 _HEAVY = ("torch", "transformer_lens", "sae_lens", "matplotlib", "transformers")
@@ -60,6 +63,7 @@ def doctor(
     dtype: options.DTYPE = "float32",
     text: options.TEXT = None,
     prompt: options.CHECK_PROMPT = None,
+    figures: JSON_FILE = None,
 ) -> None:
     """Say what is installed and whether it works; with --model or --dictionaries, whether the two fit.
 
@@ -69,17 +73,19 @@ def doctor(
 
     findings = Findings(new_console(line_width(Console())))
     if model is None and not dictionaries:
-        if text is not None or prompt is not None:
-            raise CommandError("--text and --prompt check a pair; give --model and --dictionaries too")
+        if text is not None or prompt is not None or figures is not None:
+            raise CommandError("--text, --prompt and --json are for a pair; give --model and --dictionaries too")
         check_versions(findings)
         check_machine(findings)
         check_start(findings)
         check_bundled(findings)
     else:
         words = _words(text, prompt)
+        file = None if figures is None else output_file("--json", figures, (".json",))
         pair = _load(findings, lambda: _pair(model, dictionaries or (), device, dtype, bridge))
-        if pair is not None:
-            check_pair(findings, pair, words)
+        measured = None if pair is None else check_pair(findings, pair, words)
+        if file is not None and measured is not None:
+            write_files({file: write_json(measured)})
     findings.console.print(Text("\nSomething is broken." if findings.broken else "\nAll is well.", style="bold"))
     if findings.broken:
         raise typer.Exit(BROKEN)
@@ -213,10 +219,10 @@ def _words(text: str | None, prompt: str | None) -> str | None:
         raise CommandError(f"--text {text}: {error}; give a text file in UTF-8") from None
 
 
-def check_pair(findings: Findings, pair: Pair, words: str | None) -> None:
-    """Check hooks, widths, reconstruction and the frozen model of a pair."""
-    from circuit_lens.cli.pair_check import check_layers, check_local, chunks, default_text
-    from circuit_lens.cli.report import print_layers
+def check_pair(findings: Findings, pair: Pair, words: str | None) -> dict[str, Any]:
+    """Check hooks, widths, reconstruction and the frozen model of a pair; return what was measured, for JSON."""
+    from circuit_lens.cli.pair_check import check_local, chunks, default_text
+    from circuit_lens.errors import TokensError
 
     rm, n_layers = pair.rm, pair.rm.model.cfg.n_layers
     findings.title(f"{pair.name} with {len(rm.dictionaries)} dictionaries")
@@ -225,17 +231,38 @@ def check_pair(findings: Findings, pair: Pair, words: str | None) -> None:
     if missing := [layer for layer in range(n_layers) if layer not in covered]:
         findings.say("without dictionary", f"layers {', '.join(map(str, missing))}: their MLP is an error node")
     prompts = chunks(rm, words if words is not None else default_text(pair.bundled))
-    layers = check_layers(rm, prompts)
-    print_layers(findings.console, layers)
-    n_tokens = sum(len(tokens) for tokens in prompts)
-    broken = [layer.site for layer in layers if layer.broken]
-    if broken:
-        findings.say("reconstruction", f"fails at {', '.join(broken)}", ok=False)
-    else:
-        findings.say("reconstruction", f"measured on {n_tokens} tokens", ok=True)
+    measured: dict[str, Any] = {"pair": pair.name}
+    try:
+        measured["evaluation"] = _evaluate(findings, rm, prompts)
+    except TokensError:
+        raise
+    except CircuitLensError as error:
+        findings.say("reconstruction", str(error), ok=False)
+        return measured
     figures, problem = check_local(rm, prompts[0])
+    measured["frozen_model"] = {"figures": figures, "problem": problem}
     if problem and not figures:
         findings.say("frozen model", problem, ok=False)
-        return
+        return measured
     shown = ", ".join(f"{name.replace('_', ' ')} {value:.1e}" for name, value in figures.items())
     findings.say("frozen model", shown + (f"; {problem}" if problem else ""), ok=True)
+    return measured
+
+
+def _evaluate(findings: Findings, rm: Any, prompts: Any) -> dict[str, Any]:
+    """Print how well dictionaries stand in for what they replace, and return it."""
+    from circuit_lens.cli.pair_check import is_broken
+    from circuit_lens.cli.report import print_layers
+    from circuit_lens.evaluation.evaluate import evaluate
+
+    found = evaluate(rm.binding, prompts, alone=False, baselines=False, progress=False)
+    print_layers(findings.console, found.outputs)
+    if broken := [output.hook for output in found.outputs if is_broken(output)]:
+        findings.say("reconstruction", f"fails at {', '.join(broken)}", ok=False)
+    else:
+        findings.say("reconstruction", f"measured on {found.n_tokens} tokens", ok=True)
+    said = f"{found.loss} nats; {found.replaced.loss} with dictionaries in place of all outputs"
+    if found.zero.added.value > 0:
+        said += f", which recovers {found.replaced.recovered_zero.value:.1%} of what zeros there cost"
+    findings.say("loss", said)
+    return found.to_json()

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from circuit_lens.errors import CircuitLensError, TokensError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from circuit_lens.evaluation.figures import OutputFigures
     from circuit_lens.replacement_model import ReplacementModel
 
 # Explained variance below which a dictionary is of no use, and below which it deserves a word.
@@ -30,43 +30,20 @@ In 1969 two men walked on the Moon for the first time, and about six hundred mil
 """
 
 
-@dataclass(frozen=True)
-class LayerCheck:
-    """How well one dictionary reconstructs what it should.
-
-    Attributes:
-        site: the dictionary's name.
-        layer: its layer.
-        reads, writes: its hooks, without the layer.
-        n_features: size of the dictionary.
-        explained: explained variance of its output, 1 - sum |error|² / sum |output - mean|²; the first position of a
-            prompt is left out.
-        l0: active features per position.
-        verdict: "" for a good one.
-    """
-
-    site: str
-    layer: int
-    reads: str
-    writes: str
-    n_features: int
-    explained: float
-    l0: float
-    verdict: str
-
-    @property
-    def broken(self) -> bool:
-        """Whether the dictionary is of no use with this model."""
-        return not self.explained >= BROKEN_BELOW or self.l0 == 0.0
+def is_broken(output: OutputFigures) -> bool:
+    """Whether a dictionary is of no use with this model: never active, or worse than a constant."""
+    return not output.explained_variance >= BROKEN_BELOW or output.l0 == 0.0
 
 
-@dataclass
-class _Sums:
-    n: int = 0
-    total: Any = 0.0
-    square: float = 0.0
-    error: float = 0.0
-    active: int = 0
+def verdict(output: OutputFigures) -> str:
+    """Return what is wrong or remarkable about a dictionary, "" for a good one."""
+    if output.l0 == 0.0:
+        return "no feature is ever active"
+    if is_broken(output):
+        return "worse than its mean: another input hook, or processed weights"
+    if output.explained_variance < WEAK_BELOW:
+        return "weak: much of this layer will be error"
+    return "dense: graphs will be large" if output.l0 > output.n_features / 4 else ""
 
 
 def default_text(bundled: bool) -> str:
@@ -97,43 +74,6 @@ def _pieces(line: str) -> Iterator[str]:
     words = line.split()
     for start in range(0, len(words), _WORDS):
         yield " ".join(words[start : start + _WORDS])
-
-
-def check_layers(rm: ReplacementModel, prompts: Sequence[Tensor]) -> list[LayerCheck]:
-    """Return how well each dictionary does on the prompts."""
-    from circuit_lens.graph.nodes import NodeKind
-
-    sums = [_Sums() for _ in rm.dictionaries]
-    for tokens in prompts:
-        local = rm.local(tokens, check=False)
-        errors = {p.layer: p.vectors for p in local.sources.points if p.kind is NodeKind.ERROR}
-        for sum_, features in zip(sums, local.sources.features, strict=True):
-            layer = features.dictionary.out_layers[0]
-            output, error = local.frozen.mlp_out[layer][1:].double(), errors[layer][1:].double()
-            sum_.n += len(output)
-            sum_.total = sum_.total + output.sum(0)
-            sum_.square += float(output.square().sum())
-            sum_.error += float(error.square().sum())
-            sum_.active += int((features.pos > 0).sum())
-    return [_verdict(dictionary, sum_) for dictionary, sum_ in zip(rm.dictionaries, sums, strict=True)]
-
-
-def _verdict(dictionary: Any, sums: _Sums) -> LayerCheck:
-    from circuit_lens.dictionaries.points import parse_hook
-
-    variance = sums.square - float(sums.total.square().sum()) / sums.n
-    explained, l0 = 1.0 - sums.error / max(variance, 1e-300), sums.active / sums.n
-    verdict = ""
-    if l0 == 0.0:
-        verdict = "no feature is ever active"
-    elif explained < BROKEN_BELOW:
-        verdict = "worse than its mean: another input hook, or processed weights"
-    elif explained < WEAK_BELOW:
-        verdict = "weak: much of this layer will be error"
-    elif l0 > dictionary.d_sae / 4:
-        verdict = "dense: graphs will be large"
-    reads, writes = (parse_hook(hook).suffix for hook in (dictionary.hook_in, dictionary.hooks_out[0]))
-    return LayerCheck(dictionary.site, dictionary.layer, reads, writes, dictionary.d_sae, explained, l0, verdict)
 
 
 def check_local(rm: ReplacementModel, tokens: Tensor) -> tuple[dict[str, float], str]:

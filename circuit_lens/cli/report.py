@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from circuit_lens.cli.pair_check import LayerCheck
+    from circuit_lens.evaluation.figures import OutputFigures
     from circuit_lens.graph.graph import AttributionGraph
     from circuit_lens.graph.nodes import Node
     from circuit_lens.graph.records import Path
@@ -58,16 +58,23 @@ def _size(n_bytes: int) -> str:
     return f"{n_bytes:.1f} GB"
 
 
-def print_layers(console: Console, layers: Sequence[LayerCheck]) -> None:
-    """Print how well the dictionaries reconstruct what they should, one per line."""
+def print_layers(console: Console, outputs: Sequence[OutputFigures]) -> None:
+    """Print how well the dictionaries reconstruct what they should, one output per line."""
+    from circuit_lens.cli.pair_check import is_broken, verdict
+    from circuit_lens.dictionaries.points import parse_hook
+
     table = new_table()
-    for name in ("layer", "reads", "writes", "features", "explained variance", "L0", ""):
+    for name in ("layer", "reads", "writes", "features", "explained", "L0", "dead", ""):
         table.add_column(name, justify="left" if name in ("reads", "writes", "") else "right", overflow="fold")
-    for layer in layers:
-        size, explained = str(layer.n_features), f"{layer.explained:.3f}"
-        style = "red" if layer.broken else "yellow" if layer.verdict else ""
-        figures = size, Text(explained, style=style), f"{layer.l0:.1f}", Text(layer.verdict, style=style)
-        table.add_row(str(layer.layer), layer.reads, layer.writes, *figures)
+    for output in outputs:
+        words = verdict(output)
+        style = "red" if is_broken(output) else "yellow" if words else ""
+        reads = ", ".join(dict.fromkeys(parse_hook(hook).suffix for hook in output.reads))
+        sparsity = (f"{output.l0:.1f}", f"{output.dead:.1%}") if output.n_features else ("–", "–")
+        table.add_row(
+            str(output.layer), reads, parse_hook(output.hook).suffix, str(output.n_features or "–"),
+            Text(f"{output.explained_variance:.3f}", style=style), *sparsity, Text(words, style=style),
+        )  # fmt: skip
     console.print(table)
 
 

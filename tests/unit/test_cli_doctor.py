@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +13,8 @@ from typer.testing import CliRunner, Result
 import circuit_lens as cl
 from circuit_lens.cli import build_app, doctor, loading
 from circuit_lens.cli.loading import Pair
-from circuit_lens.cli.pair_check import check_layers, chunks, default_text
+from circuit_lens.cli.pair_check import chunks, default_text, is_broken, verdict
+from circuit_lens.evaluation.figures import OutputFigures, Quality
 from circuit_lens.running import to_tokens
 from tests.builders import build, transcoders
 
@@ -46,6 +48,7 @@ def test_a_pair_that_fits_is_well(give, tmp_path: Path) -> None:
         assert result.exit_code == 0, result.output
         assert "All is well." in result.stdout
         assert "✗" not in result.stdout
+        assert "with dictionaries in place of all outputs" in " ".join(result.stdout.split())
         assert max(len(line) for line in result.stdout.splitlines()) <= 100
 
 
@@ -60,24 +63,60 @@ def test_a_dictionary_worse_than_nothing_is_broken(give) -> None:
 
 
 @torch.no_grad()
-def test_explained_variance_and_l0_are_those_of_the_definition() -> None:
-    rm = bind()
+def test_the_figures_are_those_of_the_definition(give, tmp_path: Path) -> None:
+    rm, file = bind(), tmp_path / "figures.json"
+    give(rm)
+    (tmp_path / "text").write_text(TEXT)
+    arguments = ["--model", "test", "--text", str(tmp_path / "text"), "--json", str(file)]
+    assert run(*arguments).exit_code == 0
+    found = json.loads(file.read_text())
+    assert found["pair"] == "test"
+    assert found["frozen_model"]["problem"] == ""
     prompts = chunks(rm, TEXT)
     assert len(prompts) == 3
-    measured = check_layers(rm, prompts)
-    for layer, (check, dictionary) in enumerate(zip(measured, rm.dictionaries, strict=True)):
-        outputs, reconstructions, active = [], [], 0
+    for layer, dictionary in enumerate(rm.dictionaries):
+        outputs, reconstructions, active = [], [], []
         for tokens in prompts:
             _, cache = rm.model.run_with_cache(tokens)
             x = cache[dictionary.hook_in][0, 1:]
             acts = dictionary.activate(dictionary.pre_acts(x), x)
             outputs.append(cache[f"blocks.{layer}.hook_mlp_out"][0, 1:])
             reconstructions.append(dictionary.decode(acts)[:, 0])
-            active += int((acts > 0).sum())
-        y, y_hat = torch.cat(outputs), torch.cat(reconstructions)
+            active.append(acts > 0)
+        y, y_hat, fires = torch.cat(outputs), torch.cat(reconstructions), torch.cat(active)
         explained = 1 - (y - y_hat).square().sum() / (y - y.mean(0)).square().sum()
-        assert check.explained == pytest.approx(float(explained), abs=1e-8)
-        assert check.l0 == pytest.approx(active / len(y))
+        own = found["evaluation"]["outputs"][layer]["own"]
+        assert own["explained_variance"] == pytest.approx(float(explained), abs=1e-8)
+        assert own["l0"] == pytest.approx(float(fires.sum()) / len(y))
+        assert own["dead"] == pytest.approx(float((~fires.any(0)).double().mean()))
+
+
+@pytest.mark.parametrize(
+    ("explained", "l0", "words"),
+    [
+        (0.9, 0.0, "no feature"),
+        (-0.1, 5.0, "worse than its mean"),
+        (float("nan"), 5.0, "worse than its mean"),
+        (0.2, 5.0, "weak"),
+        (0.9, 30.0, "dense"),
+        (0.9, 5.0, ""),
+        (0.9, float("nan"), ""),
+    ],
+)
+def test_verdicts(explained: float, l0: float, words: str) -> None:
+    own = Quality(l0, 0.0, 0.0, (), explained, 0.0, 0.0)
+    output = OutputFigures("blocks.0.hook_mlp_out", 0, ("blocks.0.mlp.hook_in",), "transcoder", 64, own)
+    assert verdict(output).startswith(words)
+    assert bool(verdict(output)) == bool(words)
+    assert is_broken(output) == words.startswith(("no feature", "worse"))
+
+
+def test_nan_in_a_dictionary_is_a_finding(give) -> None:
+    give(bind(scale=float("nan")))
+    result = run("--model", "test", "--prompt", PROMPT)
+    assert result.exit_code == 1
+    assert "blocks.1.hook_mlp_out" in result.stdout
+    assert "NaN" in result.stdout
 
 
 def test_a_pair_that_cannot_be_bound_is_broken_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,6 +141,9 @@ def test_layers_without_a_dictionary_are_named(give) -> None:
     ("arguments", "message"),
     [
         (["--prompt", PROMPT], "give --model and --dictionaries"),
+        (["--json", "x.json"], "give --model and --dictionaries"),
+        (["--model", "test", "--json", "figures.txt"], "ends in .json"),
+        (["--model", "test", "--prompt", "the"], "prediction counts in 1 row"),
         (["--model", "test", "--text", "nothing.txt"], "--text nothing.txt"),
         (["--model", "test", "--text", "x", "--prompt", "y"], "give one"),
         (["--model", "test", "--prompt", "the Dalas"], "'Dalas' (nearest: Dallas"),
