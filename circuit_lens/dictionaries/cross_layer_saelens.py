@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -41,6 +41,7 @@ class CrossLayerConfig(SAEConfig):
     k: int | None = None
     skip: bool = False
     apply_b_dec_to_input: bool = False
+    metadata: Any = field(default_factory=SAEMetadata)  # SAELens' loader puts a dict here for a moment
 
     @classmethod
     def architecture(cls) -> str:

@@ -24,7 +24,7 @@ from circuit_lens.dictionaries.cross_layer_weights import refuse_bad_numbers
 from circuit_lens.errors import DictionaryError
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_REMEMBERED_NUMBERS = 2**24  # of encoder rows of a file that stores features along the second axis: 64 MiB in float32
+REMEMBERED_NUMBERS = 2**24  # of encoder rows of a file that stores features along the second axis: 64 MiB in float32
 
 
 @dataclass(frozen=True)
@@ -46,19 +46,15 @@ class TensorFile:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        try:
-            self.size = self.path.stat().st_size
-            with self._open() as file:
-                length = int.from_bytes(file.read(8), "little")
-                if not 2 <= length <= self.size - 8:
-                    raise DictionaryError(f"{self.path} is no safetensors file, or was cut short ({self.size} bytes)")
+        with self._open() as file:
+            self.size = os.fstat(file.fileno()).st_size
+            length = int.from_bytes(file.read(8), "little")
+            if not 2 <= length <= self.size - 8:
+                raise DictionaryError(f"{self.path} is no safetensors file, or was cut short ({self.size} bytes)")
+            try:
                 header = json.loads(file.read(length))
-        except OSError as error:
-            raise DictionaryError(f"{self.path} cannot be read ({error.strerror}); it belongs to the set") from error
-        except ValueError as error:
-            if isinstance(error, DictionaryError):
-                raise
-            raise DictionaryError(f"{self.path} is no safetensors file: its header is no JSON") from error
+            except ValueError as error:
+                raise DictionaryError(f"{self.path} is no safetensors file: its header is no JSON") from error
         self.entries = self._entries(header, 8 + length)
 
     def __contains__(self, name: str) -> bool:
@@ -130,7 +126,10 @@ class TensorFile:
         return out
 
     def _open(self) -> FileIO:
-        return open(self.path, "rb", buffering=0)
+        try:
+            return open(self.path, "rb", buffering=0)
+        except OSError as error:
+            raise DictionaryError(f"{self.path} cannot be read ({error.strerror}); it belongs to the set") from error
 
     def _entry(self, name: str) -> _Entry:
         if name not in self.entries:
@@ -231,7 +230,7 @@ class OnDisk:
         """Read columns of the encoder, a block of columns at a time, and remember them: each block costs a pass."""
         file, name = self.encoder
         missing = [i for i in index if i not in self._known]
-        if (len(self._known) + len(missing)) * self.d_in > _REMEMBERED_NUMBERS:
+        if (len(self._known) + len(missing)) * self.d_in > REMEMBERED_NUMBERS:
             self._known, missing = {}, index
         step = max(1, 2**20 // self.d_in)
         for start in range(0, self.d_sae if missing else 0, step):
