@@ -87,7 +87,7 @@ class ReplacementModel:
         baseline_fwd_hooks: Sequence[tuple[Any, Any]] = (),
         norms: Literal["frozen", "linear"] = "frozen",
         attention: Literal["frozen", "linear"] = "frozen",
-        mlp: Literal["error", "jacobian"] = "error",
+        mlp: Literal["auto", "error", "jacobian"] = "auto",
         engine: Engine = "auto",
         zero_positions: Sequence[int] = (),
         check: bool = True,
@@ -108,7 +108,8 @@ class ReplacementModel:
             baseline_cache, baseline_batch_index, baseline_fwd_hooks: The same for the baseline's run.
             norms: ``"frozen"`` denominators, or norms by their Jacobian (``"linear"``).
             attention: ``"frozen"`` patterns, or queries, keys and softmax to first order (``"linear"``).
-            mlp: What a layer without dictionary is: an ``"error"`` node, or its local ``"jacobian"`` and a bias node.
+            mlp: What an MLP without dictionary is: an ``"error"`` node, or its local ``"jacobian"`` and a bias node.
+                ``"auto"``: the second as soon as an SAE is among the dictionaries (the graph's settings say which).
             engine: ``"auto"``, or one of ``"fast"`` and ``"reference"``.
             zero_positions: Positions at which no feature is active by decree (peers do so at position 0).
             check: Check linearity, reconstruction and inputs before anything is computed.
@@ -171,7 +172,7 @@ class ReplacementModel:
         max_features: int | None = None,
         norms: Literal["frozen", "linear"] = "frozen",
         attention: Literal["frozen", "linear"] = "frozen",
-        mlp: Literal["error", "jacobian"] = "error",
+        mlp: Literal["auto", "error", "jacobian"] = "auto",
         engine: Engine = "auto",
         zero_positions: Sequence[int] = (),
         check: bool = True,

@@ -13,7 +13,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from circuit_lens.attribution.sources import Sources
+from circuit_lens.dictionaries.points import write_kind
 from circuit_lens.graph.nodes import NodeKind, NodeTable, Section
+from circuit_lens.protocols import Dictionary
 
 Label = Callable[[str, int, int], str]
 
@@ -28,8 +30,7 @@ class Columns:
         member: For every column of a row, the source node it is summed into.
         n_nodes: Number of source nodes.
         n_features: Number of feature nodes, the first ones.
-        n_own: Number of leading nodes that enter a block after its own features are read: features and errors.
-        layers: Layer of each node.
+        ranks: Where each node enters, at the earliest, in the order of computing: it reaches what is read later.
     """
 
     sections: list[Section]
@@ -37,8 +38,7 @@ class Columns:
     member: Int[Tensor, "n_columns"]
     n_nodes: int
     n_features: int
-    n_own: int
-    layers: Int[Tensor, "n_nodes"]
+    ranks: Int[Tensor, "n_nodes"]
 
     def gather(self, rows: Float[Tensor, "n n_columns"]) -> Float[Tensor, "n n_nodes"]:
         """Sum the columns of each node."""
@@ -53,15 +53,15 @@ class Columns:
 
     @cached_property
     def _ends(self) -> list[tuple[int, int]]:
-        """First and last node of each run of nodes with ascending layers: one per section."""
-        falls = (self.layers[1:] < self.layers[:-1]).nonzero()[:, 0].tolist()
+        """First and last node of each run of nodes with ascending ranks: one per section."""
+        falls = (self.ranks[1:] < self.ranks[:-1]).nonzero()[:, 0].tolist()
         cuts = [0, *(i + 1 for i in falls), self.n_nodes]
         return list(itertools.pairwise(cuts))
 
-    def place(self, rows: Float[Tensor, "n n_columns"], out: Tensor, at: Sequence[int], layers: Sequence[int]) -> None:
-        """Write rows, gathered to nodes, into ``out[at]``.
+    def place(self, rows: Float[Tensor, "n n_columns"], out: Tensor, at: Sequence[int], ranks: Sequence[int]) -> None:
+        """Write rows, gathered to nodes, into ``out[at]``; ``ranks`` say where their targets are read.
 
-        Nodes of layers above a row's target are zero and not touched, which keeps half of a
+        Nodes that enter behind a row's target are zero and not touched, which keeps half of a
         zero matrix that the system hands out lazily from ever being resident.
         """
         if self._plain:
@@ -73,13 +73,11 @@ class Columns:
             features = self.gather(rows)
             points = features[:, self.n_features :]
         first = 0
-        for layer, run in itertools.groupby(layers):
+        for rank, run in itertools.groupby(ranks):
             last = first + len(list(run))
             rows_here = _as_slice(at[first:last])
             for start, end in self._ends:
-                # A feature reads its block before the block's own features and error write; attention comes earlier.
-                with_own = start >= self.n_own
-                stop = start + int(torch.searchsorted(self.layers[start:end], layer, right=with_own))
+                stop = start + int(torch.searchsorted(self.ranks[start:end], rank))
                 middle = min(max(start, self.n_features), stop)
                 if start < middle:
                     out[rows_here, start:middle] = features[first:last, start:middle].to(out.device)
@@ -145,9 +143,31 @@ def lay_out(
         member[list(entry.columns)] = i
     n_nodes = len(selected) + len(entries)
     sections = [_features(sources, selected, sites, label), *_sections(entries)]
-    layers = torch.cat([torch.as_tensor(section.layer, dtype=torch.long) for section in sections])
-    n_own = len(selected) + sum(entry.kind is NodeKind.ERROR for entry in entries)
-    return Columns(sections, sites, _without_orphans(member, n_nodes), n_nodes, len(selected), n_own, layers)
+    ranks = torch.cat([_feature_ranks(sources, selected), torch.tensor(_entry_ranks(sources, entries)).long()])
+    return Columns(sections, sites, _without_orphans(member, n_nodes), n_nodes, len(selected), ranks)
+
+
+def _feature_ranks(sources: Sources, selected: Int[Tensor, "n_selected"]) -> Int[Tensor, "n_selected"]:
+    """Return where each chosen feature enters at the earliest."""
+    ranks = [torch.full((len(f),), _first_write(f.dictionary)) for f in sources.features]
+    return torch.cat([*ranks, torch.zeros(0, dtype=torch.long)])[selected]
+
+
+def _first_write(dictionary: Dictionary) -> int:
+    writes = zip(dictionary.out_layers, dictionary.hooks_out, strict=True)
+    return min(write_kind(hook).place.at(layer) for layer, hook in writes)
+
+
+def _entry_ranks(sources: Sources, entries: Sequence[_Entry]) -> list[int]:
+    """Return, for each entry, where the earliest of its kind and layer enters: then they ascend with the layer."""
+    earliest: dict[tuple[NodeKind, int], int] = {}
+    for p in sources.points:
+        key = p.kind, p.node_layer
+        earliest[key] = min(earliest.get(key, p.place.at(p.layer)), p.place.at(p.layer))
+    for f in sources.features:
+        key = NodeKind.REST, f.dictionary.layer
+        earliest[key] = min(earliest.get(key, _first_write(f.dictionary)), _first_write(f.dictionary))
+    return [earliest[entry.kind, entry.layer] for entry in entries]
 
 
 def _without_orphans(member: Int[Tensor, "n_columns"], n_nodes: int) -> Int[Tensor, "n_columns"]:

@@ -111,7 +111,7 @@ class _Builder:
             if columns is None:
                 out[rows] = block
             else:
-                columns.place(block, out, rows, targets.layer[chosen].tolist())
+                columns.place(block, out, rows, [targets.ranks[i] for i in chosen])
                 self._sum(block, rows)
             if self.progress is not None:
                 self.progress(len(chosen))

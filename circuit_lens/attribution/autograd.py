@@ -17,9 +17,9 @@ from torch import Tensor
 
 from circuit_lens.attribution.frozen import FrozenModel
 from circuit_lens.attribution.mlp_paths import JacobianPath, SkipPath
-from circuit_lens.attribution.sources import Sources, Stage
+from circuit_lens.attribution.sources import Sources
 from circuit_lens.attribution.targets import FINAL_HOOK, Targets
-from circuit_lens.dictionaries.points import Read, parse_hook, read_kind
+from circuit_lens.dictionaries.points import Place, Read, parse_hook, read_kind
 from circuit_lens.errors import LinearizationError
 from circuit_lens.hooks import Hook
 from circuit_lens.protocols import HookedModel
@@ -47,13 +47,17 @@ _LEAKS = (
 
 @dataclass
 class _Tape:
-    """Leaves of one frozen forward pass, and the hook values that targets read."""
+    """Leaves of one frozen forward pass, by where sources enter, and the hook values that targets read.
 
-    first: Tensor | None = None
-    attention: dict[int, Tensor] = field(default_factory=dict)
-    mlp: dict[int, Tensor] = field(default_factory=dict)
-    pre: dict[int, Tensor] = field(default_factory=dict)
+    Attributes:
+        leaves: By layer and place; sources of other places enter where :func:`_leaf_of` says.
+        read: Values by hook name, as they came by.
+        written: The same behind an autoencoder.
+    """
+
+    leaves: dict[tuple[int, Place], Tensor] = field(default_factory=dict)
     read: dict[str, Tensor] = field(default_factory=dict)
+    written: dict[str, Tensor] = field(default_factory=dict)
 
 
 class FrozenHooks:
@@ -171,7 +175,7 @@ def rows_by_autograd(
     """
     with torch.inference_mode(False), torch.enable_grad():
         tape = _record(hooks, targets)
-        leaves = _leaves(tape)
+        leaves = tape.leaves
     for chosen in _by_hook(targets, batch_size or 16):
         with torch.inference_mode(False), torch.enable_grad():
             outputs, seeds = _seeds(tape, hooks, targets, chosen)
@@ -190,32 +194,77 @@ def _record(hooks: FrozenHooks, targets: Targets) -> _Tape:
     frozen, tape = hooks.frozen, _Tape()
 
     def first(live: Tensor) -> Tensor:
-        tape.first = hooks.first_stream().clone().requires_grad_()
-        return tape.first
+        tape.leaves[0, Place.PRE_EDIT] = leaf = hooks.first_stream().clone().requires_grad_()
+        return leaf
 
-    def attention_leaf(live: Tensor, layer: int) -> Tensor:
-        tape.attention[layer] = torch.zeros_like(live).requires_grad_()
-        return live + tape.attention[layer]
+    def beside(layer: int, place: Place) -> Callable[[Tensor], Tensor]:
+        def edit(live: Tensor) -> Tensor:
+            tape.leaves[layer, place] = leaf = torch.zeros_like(live).requires_grad_()
+            return live + leaf
 
-    def pre_leaf(live: Tensor, layer: int) -> Tensor:
-        tape.pre[layer] = torch.zeros_like(live).requires_grad_()
-        return live + tape.pre[layer]
+        return edit
 
     def mlp_leaf(layer: int, value: Tensor) -> Tensor:
-        tape.mlp[layer] = value.clone().requires_grad_()
-        return tape.mlp[layer]
+        tape.leaves[layer, Place.MLP] = leaf = value.clone().requires_grad_()
+        return leaf
 
     listed = [Hook("blocks.0.hook_resid_pre", first), *hooks.held(), *hooks.patches()]
     # Before the MLPs' hooks: in a parallel block the skip path reads at the same hook point what these leaves add.
     for layer in range(1, frozen.n_layers):
-        listed.append(Hook(f"blocks.{layer}.hook_resid_pre", lambda live, layer=layer: pre_leaf(live, layer)))
-    listed += hooks.mlps({}, mlp_leaf, True)
+        listed.append(Hook(f"blocks.{layer}.hook_resid_pre", beside(layer, Place.PRE_EDIT)))
     for layer in range(frozen.n_layers):
-        listed.append(Hook(f"blocks.{layer}.hook_attn_out", lambda live, layer=layer: attention_leaf(live, layer)))
-    for name in dict.fromkeys(_read_hook(hooks, hook) for hook in targets.hooks):
+        listed.append(Hook(f"blocks.{layer}.hook_attn_out", beside(layer, Place.ATTENTION)))
+    for layer, place in sorted(hooks.sources.blocked):
+        if place is Place.HEADS_WRITE:
+            listed.append(Hook(f"blocks.{layer}.attn.hook_z", beside(layer, Place.HEADS)))
+    mlps, sites = hooks.mlps({}, mlp_leaf, True), _autoencoders(hooks, tape)
+    wanted = [_read_hook(hooks, hook) for hook in targets.hooks]
+    for name in dict.fromkeys(name for name in wanted if not name.endswith("hook_mlp_out")):
         listed.append(FrozenHooks._keep(name, tape.read, name))
+    # A skip path reads what an autoencoder has written to the stream; one at the MLP's output reads what the MLP gives.
+    listed += [hook for place, hook in sites if place is not Place.MLP_WRITE]
+    listed += mlps
+    listed += [hook for place, hook in sites if place is Place.MLP_WRITE]
     forward(hooks.model, frozen.values.tokens, hooks=listed, alone=True)
     return tape
+
+
+def _autoencoders(hooks: FrozenHooks, tape: _Tape) -> list[tuple[Place, Hook]]:
+    """Return hooks that put a leaf in the place of what autoencoders stand for."""
+    names = {
+        Place.PRE_WRITE: "hook_resid_pre", Place.HEADS_WRITE: "attn.hook_z", Place.ATTENTION_WRITE: "hook_attn_out",
+        Place.MID_WRITE: "hook_resid_mid", Place.MLP_WRITE: "hook_mlp_out", Place.POST_WRITE: "hook_resid_post",
+    }  # fmt: skip
+
+    def replace(layer: int, place: Place) -> Callable[[Tensor], Tensor]:
+        name = f"blocks.{layer}.{names[place]}"
+
+        def edit(live: Tensor) -> Tensor:
+            tape.read[name] = live
+            if place is Place.HEADS_WRITE:
+                return live.detach()  # what features write to the heads enters behind the output map
+            tape.leaves[layer, place] = tape.written[name] = leaf = live.detach().clone().requires_grad_()
+            return leaf
+
+        return edit
+
+    return [
+        (place, Hook(f"blocks.{layer}.{names[place]}", replace(layer, place)))
+        for layer, place in sorted(hooks.sources.blocked)
+    ]
+
+
+def _leaf_of(sources: Sources, layer: int, place: Place) -> tuple[int, Place]:
+    """Return the leaf at which sources of a place enter: gradients are the same all the way to it."""
+    mlp = Place.MLP_WRITE if sources.blocks(layer, Place.MLP_WRITE) else Place.MLP
+    attention = Place.ATTENTION_WRITE if sources.blocks(layer, Place.ATTENTION_WRITE) else Place.ATTENTION
+    same = {
+        Place.HEADS_WRITE: Place.ATTENTION,
+        Place.MID_EDIT: attention,
+        Place.MLP_WRITE: mlp,
+        Place.POST_EDIT: mlp,
+    }
+    return layer, same.get(place, place)
 
 
 def _read_hook(hooks: FrozenHooks, hook: str) -> str:
@@ -223,17 +272,11 @@ def _read_hook(hooks: FrozenHooks, hook: str) -> str:
     if hook == FINAL_HOOK:
         return hook
     layer, kind = parse_hook(hook).layer, read_kind(hook)
+    if not kind.in_mlp_branch:
+        return hook
     if kind in (Read.RESIDUAL, Read.MID):
         return hooks._branch_input(layer)
     return f"blocks.{layer}.ln2.hook_normalized"
-
-
-def _leaves(tape: _Tape) -> dict[tuple[Stage, int], Tensor]:
-    assert tape.first is not None
-    leaves: dict[tuple[Stage, int], Tensor] = {(Stage.PRE, 0): tape.first}
-    leaves |= {(Stage.PRE, layer): leaf for layer, leaf in tape.pre.items()}
-    leaves |= {(Stage.ATTENTION, layer): leaf for layer, leaf in tape.attention.items()}
-    return leaves | {(Stage.MLP, layer): leaf for layer, leaf in tape.mlp.items()}
 
 
 def _by_hook(targets: Targets, batch: int) -> Iterator[list[int]]:
@@ -247,12 +290,16 @@ def _by_hook(targets: Targets, batch: int) -> Iterator[list[int]]:
 
 def _seeds(
     tape: _Tape, hooks: FrozenHooks, targets: Targets, chosen: Sequence[int]
-) -> tuple[Tensor, Float[Tensor, "n 1 n_pos d_model"]]:
+) -> tuple[Tensor, Float[Tensor, "n 1 n_pos *width"]]:
     """Return the hook value the chosen targets read, and each target's cotangent there."""
     hook = targets.hooks[chosen[0]]
-    value = tape.read[_read_hook(hooks, hook)]
-    seeds = value.new_zeros(len(chosen), *value.shape)
-    vectors = targets.vectors
+    name = _read_hook(hooks, hook)
+    value = tape.read[name]
+    if hook != FINAL_HOOK and read_kind(hook) is Read.RESIDUAL:
+        value = tape.written.get(name, value)
+    flat = value.flatten(2)
+    seeds = flat.new_zeros(len(chosen), *flat.shape)
+    vectors = targets.vectors[:, : flat.shape[-1]]
     if hook != FINAL_HOOK and read_kind(hook) is Read.NORM_OUTPUT:
         vectors = vectors * hooks.frozen.ln2[parse_hook(hook).layer].weights.gain
     for row, i in enumerate(chosen):
@@ -260,25 +307,26 @@ def _seeds(
             seeds[row, 0] = targets.spread[i].to(seeds)
         else:
             seeds[row, 0, int(targets.pos[i])] = vectors[i].to(seeds)
-    return value, seeds
+    return value, seeds.view(len(chosen), *value.shape)
 
 
 def _contract(
-    sources: Sources, at: dict[tuple[Stage, int], Float[Tensor, "n n_pos d_model"]], n: int, like: Tensor
+    sources: Sources, at: dict[tuple[int, Place], Float[Tensor, "n n_pos *width"]], n: int, like: Tensor
 ) -> Float[Tensor, "n n_columns"]:
     """Contract gradients, by the place they were taken at, with what each source adds there."""
     out = like.new_zeros(n, sources.n_columns)
     for layer in range(len(sources.paths)):
-        gradient = at.get((Stage.MLP, layer))
-        if gradient is None:
-            continue
-        for features, vectors in sources.features_writing(layer):
-            values = torch.einsum("nfd,fd->nf", gradient[:, features.pos], vectors)
-            out[:, features.start : features.start + len(features)] += values
+        for place in Place:
+            gradient = at.get(_leaf_of(sources, layer, place))
+            if gradient is None:
+                continue
+            for features, vectors in sources.writing(layer, place):
+                values = torch.einsum("nfd,fd->nf", gradient[:, features.pos], vectors)
+                out[:, features.start : features.start + len(features)] += values
     for i, point in enumerate(sources.points):
-        place = (point.stage, point.layer)
-        if place in at:
-            values = torch.einsum("npd,pd->np", at[place], point.vectors)
+        gradient = at.get(_leaf_of(sources, point.layer, point.place))
+        if gradient is not None:
+            values = torch.einsum("npd,pd->np", gradient.flatten(2), point.vectors)
             out[:, sources.column(i) : sources.column(i) + sources.n_pos] += values
     return out
 

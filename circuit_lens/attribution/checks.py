@@ -7,8 +7,9 @@ import torch
 from circuit_lens.attribution.frozen import FrozenModel
 from circuit_lens.attribution.mlp_paths import read_constant, read_value
 from circuit_lens.attribution.sources import ActiveFeatures, Sources
-from circuit_lens.dictionaries.points import Read, read_kind
+from circuit_lens.dictionaries.points import Read, read_kind, write_kind
 from circuit_lens.errors import ConsistencyError, ReconstructionError
+from circuit_lens.protocols import Dictionary
 
 _READINGS = 16  # positions at which a dictionary's other possible inputs are tried
 
@@ -16,13 +17,12 @@ _READINGS = 16  # positions at which a dictionary's other possible inputs are tr
 def check_reads(frozen: FrozenModel, sources: Sources) -> None:
     """Raise if a dictionary's input was edited after the residual stream: no source explains such an edit."""
     for f in sources.features:
-        hook, layer = f.dictionary.hook_in, f.dictionary.layer
+        hook = f.dictionary.hook_in
         own = frozen.values.values.get(hook)
         if own is None or read_kind(hook) in (Read.RESIDUAL, Read.MID):
             continue
-        norm = frozen.ln2[layer]
-        mine = read_value(read_kind(hook), norm, frozen.base[layer]) + f.read_constant
-        error = float((own - mine).norm() / own.norm().clamp_min(1e-30))
+        own = own.flatten(1)
+        error = float((own - f.read).norm() / own.norm().clamp_min(1e-30))
         limit = {torch.float64: 1e-5, torch.float32: 1e-3}.get(frozen.values.native, 0.1)
         if error > limit:
             raise ConsistencyError(
@@ -45,17 +45,22 @@ def check_reconstruction(frozen: FrozenModel, sources: Sources, least: float | N
         if explained >= least and not better:
             continue
         raise ReconstructionError(
-            f"{f.dictionary} does not reconstruct this model's MLP output as it should: it explains "
+            f"{f.dictionary} does not reconstruct this model's {_what(f.dictionary)} as it should: it explains "
             f"{explained:.0%} of it (least: {least:.0%}).{better} Its input hook may be another one, or the model's "
             "weights are processed in a way it was not trained on: load the model with "
             "from_pretrained_no_processing. To use it all the same pass min_explained=None"
         )
 
 
+def _what(dictionary: Dictionary) -> str:
+    kind = write_kind(dictionary.hooks_out[0])
+    return "MLP output" if kind.of_mlp else kind.value
+
+
 def _better_input(frozen: FrozenModel, f: ActiveFeatures) -> str:
     """Say which other input would suit a dictionary clearly better, on the prompt's last positions; "" if none."""
     layer, d, part = f.dictionary.layer, f.dictionary, slice(max(1, frozen.n_pos - _READINGS), None)
-    if frozen.n_pos == 1 or len(d.out_layers) != 1:
+    if frozen.n_pos == 1 or len(d.out_layers) != 1 or not read_kind(d.hook_in).in_mlp_branch:
         return ""
     norm, base = frozen.ln2[layer], frozen.base[layer]
     target = frozen.mlp_out[layer][part]

@@ -64,6 +64,7 @@ class FrozenModel:
         pre: Residual stream before each block.
         moved: What each attention layer adds to it; empty where it is not known as linear maps.
         base: Residual stream that enters each MLP branch.
+        post: Residual stream behind each block.
         mlp_out: What each MLP added to the residual stream in the run.
         patches: Edits of the residual stream.
         final: Residual stream that enters the last norm.
@@ -83,6 +84,7 @@ class FrozenModel:
     pre: list[Float[Tensor, "n_pos d_model"]]
     moved: list[Float[Tensor, "n_pos d_model"]]
     base: list[Float[Tensor, "n_pos d_model"]]
+    post: list[Float[Tensor, "n_pos d_model"]]
     mlp_out: list[Float[Tensor, "n_pos d_model"]]
     patches: list[Patch]
     final: Float[Tensor, "n_pos d_model"]
@@ -121,7 +123,7 @@ def freeze(model: HookedModel, weights: ModelWeights, values: RunValues, *, line
     stream = _Stream(values, known=weights.unavailable is None)
     tokens, positions = _embeddings(model, values)
     x = stream.checked(tokens if positions is None else tokens + positions, 0, "resid_pre")
-    attention, ln2, ln2_post, pre, added, base, mlp_out = [], [], [], [], [], [], []
+    attention, ln2, ln2_post, pre, added, base, behind, mlp_out = [], [], [], [], [], [], [], []
     for layer, block in enumerate(weights.blocks):
         if layer:
             x = stream.checked(x, layer, "resid_pre")
@@ -138,8 +140,8 @@ def freeze(model: HookedModel, weights: ModelWeights, values: RunValues, *, line
         mlp_out.append(values.at(layer, "hook_mlp_out"))
         post = block.ln2_post
         ln2_post.append(None if post is None else _post_norm(post, values, layer, mlp_out[-1], linear_norms))
-        x = mid + mlp_out[-1]
-    x = stream.checked(x, len(weights.blocks) - 1, "resid_post")
+        x = stream.checked(mid + mlp_out[-1], layer, "resid_post")
+        behind.append(x)
     ln_final = _norm(weights.ln_final, values["ln_final.hook_scale"], x, linear_norms)
     _check_final(values, ln_final)
     stream.judge(bool(values.from_cache or values.fwd_hooks or present_hooks(model)))
@@ -150,8 +152,8 @@ def freeze(model: HookedModel, weights: ModelWeights, values: RunValues, *, line
     cap = float(cap) if cap is not None and cap > 0 else None
     gap = _gap(values, logits, cap)
     return FrozenModel(
-        values, weights.parallel, attention, ln2, ln2_post, ln_final, tokens, positions, pre, added, base, mlp_out,
-        stream.patches, x, logits, cap, gap,
+        values, weights.parallel, attention, ln2, ln2_post, ln_final, tokens, positions, pre, added, base, behind,
+        mlp_out, stream.patches, x, logits, cap, gap,
     )  # fmt: skip
 
 
@@ -247,6 +249,8 @@ class _Stream:
         whole = [patch.site for patch in self.patches if bool(patch.vectors.any(-1)[1:].all())]
         # The first layer's ``resid_pre`` is the embedding, which blocks do not make.
         made = {"resid_pre": n_layers - 1, "resid_mid": n_layers}
+        # The stream behind the last block is always looked at, those behind others where a dictionary reads them.
+        made["resid_post"] = sum(name.endswith("hook_resid_post") for name in self.values.values)
         return any(n > 1 and whole.count(site) >= n for site, n in made.items())
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import einops
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from circuit_lens.errors import DictionaryError
@@ -107,6 +107,11 @@ class FrozenNorm:
         """Apply the linear part, up to the norm's output."""
         return self.apply_normalized(x) * self.weights.gain
 
+    def apply_output_at(self, x: Float[Tensor, "n d_model"], pos: Int[Tensor, "n"]) -> Float[Tensor, "n d_model"]:
+        """Apply the linear part, up to the norm's output, to vectors that are at the given positions."""
+        here = replace(self, scale=self.scale[pos], normalized=self.normalized[pos])
+        return here.apply_output(x)
+
     def constant_normalized(self) -> Float[Tensor, "n_pos d_model"]:
         """Return the constant part at ``hook_normalized``: zero when frozen, ``n - J x`` when linearised."""
         if not self.linear:
@@ -184,6 +189,37 @@ class FrozenAttention:
         z = einops.einsum(self.pattern, v, "head q k, head k d_head -> q head d_head")
         return einops.einsum(z, self.weights.W_O, "q head d_head, head d_head d_model -> q d_model")
 
+    def heads(self, x: Float[Tensor, "n_pos d_model"]) -> Float[Tensor, "n_pos width"]:
+        """Return what the heads mix of a norm output's values, biases left out, heads side by side."""
+        v = einops.einsum(x, self.weights.W_V, "k d_model, kv d_model d_head -> kv k d_head")
+        return self._mixed(v.repeat_interleave(self.group, 0))
+
+    def _mixed(self, v: Float[Tensor, "n_heads n_pos d_head"]) -> Float[Tensor, "n_pos width"]:
+        return einops.rearrange(self.pattern @ v, "head q d_head -> q (head d_head)")
+
+    def heads_bias(self) -> Float[Tensor, "n_pos width"]:
+        """Return what the values' biases add to the heads, side by side."""
+        b_V = self.weights.b_V.repeat_interleave(self.group, 0)
+        return self._mixed(einops.repeat(b_V, "head d_head -> head k d_head", k=self.pattern.shape[-1]))
+
+    def write_heads(self, z: Float[Tensor, "n width"], pos: Int[Tensor, "n"]) -> Float[Tensor, "n d_model"]:
+        """Return what vectors at the heads, at the given positions, add to the residual stream."""
+        out = z @ self.weights.W_O.flatten(0, 1)
+        return out if self.norm_out is None else self.norm_out.apply_output_at(out, pos)
+
+    def output_bias(self) -> Float[Tensor, "n_pos d_model"]:
+        """Return what the output bias adds to the residual stream."""
+        out = self.weights.b_O.expand(self.pattern.shape[-1], -1)
+        return out if self.norm_out is None else self.norm_out.apply_output(out)
+
+    def adjoint_from_heads(self, g: Float[Tensor, "n width"], pos: int) -> Float[Tensor, "n_query n d_model"]:
+        """Pull gradients at the heads of one position back to the residual stream: ``n_query = pos + 1``."""
+        z = einops.rearrange(g, "t (head d_head) -> head t d_head", head=self.n_heads)
+        W_V = self.weights.W_V.repeat_interleave(self.group, 0)
+        per_head = einops.einsum(z, W_V, "head t d_head, head d_model d_head -> head t d_model")
+        out = einops.einsum(self.pattern[:, pos, : pos + 1], per_head, "head k, head t d_model -> k t d_model")
+        return self.norm_in.adjoint_output(out, slice(0, pos + 1))
+
     def attention_bias(self) -> Float[Tensor, "n_pos d_model"]:
         """Return what the value and output biases add to the residual stream."""
         b_V = self.weights.b_V.repeat_interleave(self.group, 0)
@@ -258,6 +294,13 @@ class FrozenAttention:
         """Return ``<g at query pos, what each head moves there from each key position of source>``."""
         g = g if self.norm_out is None else self.norm_out.adjoint_output(g[None], pos)[0]
         z = einops.einsum(g, self.weights.W_O, "d_model, head d_head d_model -> head d_head")
+        return self.per_head_of_heads(z.flatten(), pos, source)
+
+    def per_head_of_heads(
+        self, g: Float[Tensor, "width"], pos: int, source: Float[Tensor, "n_pos d_model"]
+    ) -> Float[Tensor, "n_heads n_pos"]:
+        """The same for a gradient at the heads, side by side."""
+        z = g.view(self.n_heads, self.d_head)
         W_V = self.weights.W_V.repeat_interleave(self.group, 0)
         v = einops.einsum(self.norm_in.apply_output(source), W_V, "k d_model, head d_model d_head -> head k d_head")
         return self.pattern[:, pos] * einops.einsum(z, v, "head d_head, head k d_head -> head k")

@@ -14,14 +14,15 @@ from torch import Tensor
 from circuit_lens.attribution.assemble import Columns, lay_out, table
 from circuit_lens.attribution.autograd import FrozenHooks, attention_constants, check_linearity, rows_by_autograd
 from circuit_lens.attribution.checks import check_reads, check_reconstruction
+from circuit_lens.attribution.collect import collect
 from circuit_lens.attribution.frozen import FrozenModel, freeze
 from circuit_lens.attribution.linear_maps import MapsUnavailableError, ModelWeights
 from circuit_lens.attribution.settings import Row, Settings
-from circuit_lens.attribution.sources import ActiveFeatures, Sources, collect
+from circuit_lens.attribution.sources import ActiveFeatures, Sources
 from circuit_lens.attribution.sweep import Sweep
-from circuit_lens.attribution.targets import Resolved, Resolver, Targets, TokenLogits, stack
+from circuit_lens.attribution.targets import Resolved, Resolver, Targets, TokenLogits, side_by_side, stack
 from circuit_lens.attribution.values import RunValues
-from circuit_lens.dictionaries.binding import Binding
+from circuit_lens.dictionaries.binding import Binding, reads_where_it_writes
 from circuit_lens.errors import ConsistencyError, NodeNotFoundError, TargetError
 from circuit_lens.graph.nodes import Feature, Node, NodeKind, Section
 from circuit_lens.graph.positions import Which, find_position, join_tokens
@@ -65,7 +66,8 @@ class LocalReplacementModel:
         prompt: str | None = None,
         label: FeatureLabel = lambda site, layer, index: "",
     ) -> None:
-        self.binding, self.model, self.values, self.settings = binding, binding.model, values, settings
+        self.binding, self.model, self.values = binding, binding.model, values
+        self.settings = settings.settled(autoencoders=any(map(reads_where_it_writes, binding.dictionaries)))
         self.prompt, self.label = prompt, label
         self.tokens: Int[Tensor, "n_pos"] = values.tokens
         self.token_strings = token_strings(self.model, values.tokens)
@@ -221,13 +223,13 @@ class LocalReplacementModel:
             hooks += [f.dictionary.hook_in] * len(members)
             layers.append(torch.full((len(members),), f.dictionary.layer))
             positions.append(f.pos[here].cpu())
-            vectors.append(f.dictionary.encoder_rows(f.index[here], self.frozen.tokens.dtype))
+            vectors.append(f.encoder_rows(here))
         place = torch.cat(order).argsort()
         return Targets(
             tuple(hooks[i] for i in place.tolist()),
             torch.cat(layers)[place],
             torch.cat(positions)[place],
-            torch.cat(vectors)[place.to(vectors[0].device)],
+            side_by_side(vectors)[place.to(vectors[0].device)],
             {},
         )
 
@@ -241,8 +243,7 @@ class LocalReplacementModel:
             own = self._encoder_bias(f)
             values.append(f.pre_act)
             if bool(f.read_constant.any()):
-                rows = f.dictionary.encoder_rows(f.index, self.frozen.tokens.dtype)
-                own = own + (rows * f.read_constant[f.pos]).sum(-1)
+                own = own + (f.encoder_rows() * f.read_constant[f.pos]).sum(-1)
             biases.append(own)
         wanted = torch.as_tensor(list(columns), dtype=torch.long, device=self.frozen.tokens.device)
         if not len(wanted):
@@ -250,7 +251,7 @@ class LocalReplacementModel:
         return torch.cat(values)[wanted], torch.cat(biases)[wanted]
 
     def _encoder_bias(self, f: ActiveFeatures) -> Float[Tensor, "n_active"]:
-        return f.dictionary.encoder_bias(f.index, self.frozen.tokens.dtype)
+        return f.encoder_bias()
 
     def logits(self) -> Float[Tensor, "n_pos d_vocab"]:
         """Return the model's own logits at this prompt, soft-cap included; rebuilt where a cache held none."""

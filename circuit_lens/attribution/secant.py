@@ -29,20 +29,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from circuit_lens.attribution.collect import explained_share, patch_points, through_post_norm
 from circuit_lens.attribution.frozen import FrozenModel, Patch
 from circuit_lens.attribution.linear_maps import FrozenAttention, FrozenNorm, Where
 from circuit_lens.attribution.mlp_paths import MlpPath, read_value
-from circuit_lens.attribution.sources import (
-    ActiveFeatures,
-    PointSource,
-    Sources,
-    Stage,
-    explained_share,
-    patch_points,
-    through_post_norm,
-)
+from circuit_lens.attribution.sources import ActiveFeatures, PointSource, Sources
 from circuit_lens.attribution.targets import FINAL_HOOK, Targets
-from circuit_lens.dictionaries.points import Write, parse_hook, read_kind, write_kind
+from circuit_lens.dictionaries.points import Place, Write, parse_hook, read_kind, write_kind
 from circuit_lens.graph.nodes import NodeKind
 
 # Units of rounding by which a feature's activations must differ to be a change.
@@ -137,7 +130,7 @@ def secant_model(c: FrozenModel, b: FrozenModel) -> FrozenModel:
         positions = c.positions - b.positions
         positions = positions if bool(positions.any()) else None
         x = x if positions is None else x + positions
-    pre, base = [], []
+    pre, base, post = [], [], []
     moved = [one - other for one, other in zip(c.moved, b.moved, strict=True)]
     mlp_out = [one - other for one, other in zip(c.mlp_out, b.mlp_out, strict=True)]
     for layer in range(c.n_layers):
@@ -145,7 +138,8 @@ def secant_model(c: FrozenModel, b: FrozenModel) -> FrozenModel:
         pre.append(x)
         mid = x + moved[layer] + jumps.get((layer, "resid_mid"), 0)
         base.append(x if c.parallel else mid)
-        x = mid + mlp_out[layer]
+        x = mid + mlp_out[layer] + jumps.get((layer, "resid_post"), 0)
+        post.append(x)
     return FrozenModel(
         values=c.values,
         parallel=c.parallel,
@@ -161,9 +155,10 @@ def secant_model(c: FrozenModel, b: FrozenModel) -> FrozenModel:
         pre=pre,
         moved=moved,
         base=base,
+        post=post,
         mlp_out=mlp_out,
         patches=patches,
-        final=x + jumps.get((c.n_layers - 1, "resid_post"), 0),
+        final=x,
         logits=c.logits - b.logits,
         soft_cap=None,
         gap=None if c.gap is None or b.gap is None else max(c.gap, b.gap),
@@ -183,9 +178,9 @@ def secant_sources(secant: FrozenModel, c: Run, b: Run) -> Sources:
     features: list[ActiveFeatures] = []
     for one, other in zip(c.sources.features, b.sources.features, strict=True):
         features.append(_changed(secant, c.frozen, one, b.frozen, other, sum(map(len, features))))
-    points = [PointSource(NodeKind.TOKEN, 0, Stage.PRE, "", secant.tokens, -1), *patch_points(secant)]
+    points = [PointSource(NodeKind.TOKEN, 0, Place.PRE_EDIT, "", secant.tokens, -1), *patch_points(secant)]
     if secant.positions is not None:
-        points.append(PointSource(NodeKind.POSITION, 0, Stage.PRE, "", secant.positions, -1))
+        points.append(PointSource(NodeKind.POSITION, 0, Place.PRE_EDIT, "", secant.positions, -1))
     paths: list[MlpPath | None] = []
     found = Sources(features, points, paths, [], secant.n_pos)
     for layer in range(secant.n_layers):
@@ -193,7 +188,11 @@ def secant_sources(secant: FrozenModel, c: Run, b: Run) -> Sources:
         one, other = c.sources.paths[layer], b.sources.paths[layer]
         paths.append(None if one is None or other is None else MeanPath(one, other))
         points += _mlp_points(secant, found, c.sources, b.sources, layer)
-    explained = [explained_share(f.dictionary, points, secant) for f in features]
+    explained = []
+    for f in features:
+        layer = f.dictionary.out_layers[0]
+        error = next(p.vectors for p in points if p.kind is NodeKind.ERROR and p.layer == layer)
+        explained.append(explained_share(error, secant.mlp_out[layer]))
     kept = [p for p in points if p.kind in (NodeKind.ERROR, NodeKind.TOKEN) or bool(p.vectors.any())]
     return Sources(features, kept, paths, explained, secant.n_pos)
 
@@ -202,12 +201,12 @@ def _attention_points(secant: FrozenModel, c: FrozenModel, b: FrozenModel, layer
     left = secant.moved[layer] - secant.attention[layer].linear(secant.pre[layer])
     by_pattern = attention_change(c.attention[layer], b.attention[layer], (c.pre[layer] + b.pre[layer]) / 2)
     for site, vectors in (("attention change", by_pattern), ("norm change", left - by_pattern)):
-        yield PointSource(NodeKind.BIAS, layer, Stage.ATTENTION, site, vectors, layer)
+        yield PointSource(NodeKind.BIAS, layer, Place.ATTENTION, site, vectors, layer)
 
 
 def _mlp_points(secant: FrozenModel, found: Sources, c: Sources, b: Sources, layer: int) -> Iterator[PointSource]:
     """The change of the error at a layer's MLP output, and that of the paths and norms around it."""
-    writing = found.features_writing(layer)
+    writing = found.writing(layer)
     left = secant.mlp_out[layer].clone()
     for f, vectors in writing:
         left.index_add_(0, f.pos, -vectors)
@@ -218,13 +217,13 @@ def _mlp_points(secant: FrozenModel, found: Sources, c: Sources, b: Sources, lay
         next((p.vectors for p in s.points if p.kind is NodeKind.ERROR and p.layer == layer), None) for s in (c, b)
     ]
     if errors[0] is None or errors[1] is None:
-        yield PointSource(NodeKind.BIAS, layer, Stage.MLP, "mlp change", left, layer)
+        yield PointSource(NodeKind.BIAS, layer, Place.MLP_WRITE, "mlp change", left, layer)
         return
     raw = any(_written_raw(f, layer, secant) for f, _ in writing)
     error = errors[0] - errors[1] if path is not None or raw else left
-    yield PointSource(NodeKind.ERROR, layer, Stage.MLP, f"blocks.{layer}.hook_mlp_out", error, layer)
+    yield PointSource(NodeKind.ERROR, layer, Place.MLP_WRITE, f"blocks.{layer}.hook_mlp_out", error, layer)
     if error is not left:
-        yield PointSource(NodeKind.BIAS, layer, Stage.MLP, "norm change", left - error, layer)
+        yield PointSource(NodeKind.BIAS, layer, Place.MLP_WRITE, "norm change", left - error, layer)
 
 
 def _written_raw(f: ActiveFeatures, layer: int, frozen: FrozenModel) -> bool:
@@ -255,7 +254,7 @@ def _changed(
     # The encoder on the change, not the change of the encoder's: rounding is that of changes, as in the row.
     pre_act = (d.encoder_rows(index, dtype) * read[pos]).sum(-1)
     own = read - read_value(kind, norm, secant.base[d.layer])
-    return ActiveFeatures(d, start, pos, index, act[pos, index], pre_act, [0, *counts], torch.stack(vectors), own)
+    return ActiveFeatures(d, start, pos, index, act[pos, index], pre_act, [0, *counts], torch.stack(vectors), read, own)
 
 
 def rows_by_definition(
@@ -294,20 +293,21 @@ def _forward(
 ) -> tuple[Sequence[Tensor], Float[Tensor, "n_pos d_model"]]:
     """Run the secant model; return the streams that enter the MLP branches, and the last one."""
 
-    def entering(layer: int, stage: Stage) -> Tensor:
+    def entering(layer: int, *places: Place) -> Tensor:
         total = torch.zeros_like(c.tokens)
-        for column, point in sources.points_at(layer, stage):
+        for column, point in (found for place in places for found in sources.points_at(layer, place)):
             total = total + weights[column : column + c.n_pos, None] * point.vectors
         return total
 
     x, bases = torch.zeros_like(c.tokens), []
     for layer in range(c.n_layers):
-        x = x + entering(layer, Stage.PRE)
-        mid = x + _mean(lambda r, at=layer, x=x: r.attention[at].linear(x), c, b) + entering(layer, Stage.ATTENTION)
+        x = x + entering(layer, Place.PRE_EDIT)
+        moved = _mean(lambda r, at=layer, x=x: r.attention[at].linear(x), c, b)
+        mid = x + moved + entering(layer, Place.ATTENTION, Place.MID_EDIT)
         bases.append(x if c.parallel else mid)
         path = sources.paths[layer]
-        out = entering(layer, Stage.MLP)
-        for f, vectors in sources.features_writing(layer):
+        out = entering(layer, Place.MLP_WRITE, Place.POST_EDIT)
+        for f, vectors in sources.writing(layer):
             out = out.index_add(0, f.pos, weights[f.start : f.start + len(f), None] * vectors)
         x = mid + out + (0 if path is None else path.linear(bases[-1]))
     return bases, x

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from jaxtyping import Float
@@ -18,7 +18,8 @@ class Settings:
     Attributes:
         norms: ``"frozen"``: norm denominators are constants; ``"linear"``: norms by their Jacobian.
         attention: ``"frozen"``: patterns are constants; ``"linear"``: queries, keys and softmax to first order.
-        mlp: An MLP without dictionary is ``"error"``, one error node, or ``"jacobian"``, its local Jacobian.
+        mlp: An MLP without dictionary is ``"error"``, one error node, or ``"jacobian"``, its local Jacobian. ``"auto"``
+            is the second where an autoencoder is among the dictionaries, the first otherwise.
         engine: ``"fast"`` sweep, ``"reference"`` autograd, or ``"auto"``: fast where it applies and agrees.
         zero_positions: Positions at which no feature is active by decree.
         check: Check the frozen model before it is used (linearity, two rows of the fast path against the reference,
@@ -28,7 +29,7 @@ class Settings:
 
     norms: Literal["frozen", "linear"] = "frozen"
     attention: Literal["frozen", "linear"] = "frozen"
-    mlp: Literal["error", "jacobian"] = "error"
+    mlp: Literal["auto", "error", "jacobian"] = "auto"
     engine: Engine = "auto"
     zero_positions: tuple[int, ...] = ()
     check: bool = True
@@ -38,7 +39,7 @@ class Settings:
         valid = {
             "norms": ("frozen", "linear"),
             "attention": ("frozen", "linear"),
-            "mlp": ("error", "jacobian"),
+            "mlp": ("auto", "error", "jacobian"),
             "engine": ("auto", "fast", "reference"),
         }
         for name, allowed in valid.items():
@@ -46,6 +47,12 @@ class Settings:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not valid; give one of {', '.join(allowed)}")
         if self.engine == "fast" and self.attention == "linear":
             raise ValueError("attention='linear' needs autograd; use engine='auto' or 'reference'")
+
+    def settled(self, *, autoencoders: bool) -> Settings:
+        """Return the settings with ``mlp`` decided: between autoencoders only MLPs carry anything on."""
+        if self.mlp != "auto":
+            return self
+        return replace(self, mlp="jacobian" if autoencoders else "error")
 
     def manifest(self) -> dict[str, Any]:
         """Return what a graph's edges depend on."""

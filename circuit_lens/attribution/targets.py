@@ -9,6 +9,7 @@ from __future__ import annotations
 import numbers
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, cast
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from circuit_lens.attribution.frozen import FrozenModel
 from circuit_lens.attribution.mlp_paths import read_adjoint
-from circuit_lens.dictionaries.points import parse_hook, read_kind
+from circuit_lens.dictionaries.points import Place, parse_hook, read_kind
 from circuit_lens.errors import TargetError
 from circuit_lens.graph.nodes import Feature
 from circuit_lens.protocols import HookedModel
@@ -35,18 +36,29 @@ class Targets:
         hooks: The hook each target reads: a dictionary's read hook, or ``unembed.hook_in``.
         layer: Layer of that hook, ``n_layers`` for ``unembed.hook_in``.
         pos: Position (the last one, for a target at several).
-        vectors: What the hook's value at that position is contracted with.
+        vectors: What the hook's value at that position is contracted with, followed by zeros where others are wider.
         spread: For a target at several positions of ``unembed.hook_in``, its vectors ``[n_pos, d_model]``.
     """
 
     hooks: tuple[str, ...]
     layer: Int[Tensor, "n"]
     pos: Int[Tensor, "n"]
-    vectors: Float[Tensor, "n d_model"]
+    vectors: Float[Tensor, "n width"]
     spread: dict[int, Float[Tensor, "n_pos d_model"]]
 
     def __len__(self) -> int:
         return len(self.hooks)
+
+    @cached_property
+    def ranks(self) -> list[int]:
+        """The places as one number each, in the order of computing over all layers."""
+        return [place.at(layer) for place, layer in zip(self.places, self.layer.tolist(), strict=True)]
+
+    @cached_property
+    def places(self) -> list[Place]:
+        """Where in its block each target reads; the last norm stands before a first place behind the blocks."""
+        of = {hook: Place.PRE_EDIT if hook == FINAL_HOOK else read_kind(hook).place for hook in set(self.hooks)}
+        return [of[hook] for hook in self.hooks]
 
 
 def pull_back(frozen: FrozenModel, targets: Targets, chosen: Sequence[int], pos: int) -> Float[Tensor, "n d_model"]:
@@ -55,9 +67,11 @@ def pull_back(frozen: FrozenModel, targets: Targets, chosen: Sequence[int], pos:
     parts = []
     for hook in dict.fromkeys(hooks):
         members = [i for i, other in zip(chosen, hooks, strict=True) if other == hook]
-        vectors = targets.vectors[members]
+        vectors = targets.vectors[members, : frozen.tokens.shape[1]]
         if hook == FINAL_HOOK:
             parts.append(frozen.ln_final.adjoint_output(vectors, pos))
+        elif not read_kind(hook).in_mlp_branch:
+            parts.append(vectors)
         else:
             parts.append(read_adjoint(read_kind(hook), frozen.ln2[parse_hook(hook).layer], vectors, pos))
     if len(parts) == 1:
@@ -180,9 +194,15 @@ class Resolved:
     remainder: float = 0.0
 
 
+def side_by_side(vectors: Sequence[Float[Tensor, "_ _"]]) -> Float[Tensor, "n width"]:
+    """Return vectors of several widths as one matrix, the shorter ones followed by zeros."""
+    width = max(v.shape[1] for v in vectors)
+    return torch.cat([torch.nn.functional.pad(v, (0, width - v.shape[1])) for v in vectors])
+
+
 def stack(resolved: Sequence[Resolved]) -> Targets:
     """Return resolved targets as one record of tensors."""
-    vectors = torch.stack([r.vector for r in resolved])
+    vectors = side_by_side([r.vector[None] for r in resolved])
     return Targets(
         tuple(r.hook for r in resolved),
         torch.tensor([r.layer for r in resolved]),

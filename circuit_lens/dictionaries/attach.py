@@ -184,10 +184,10 @@ def attached(binding: Binding, *, error: bool = True) -> Iterator[HookedModel]:
     model, dictionaries = binding.model, binding.dictionaries
     refuse_attached(model)
     hooks = model.hook_dict
-    written = {hook: write_place(model, hooks, hook) for d in dictionaries for hook in d.hooks_out}
+    written = {hook: write_place(model, hooks, hook, dictionaries) for d in dictionaries for hook in d.hooks_out}
     inputs = [read_place(model, hooks, d) for d in dictionaries]
-    wanted = [NewPoint(written[d.site], d.site, kind) for d in dictionaries for kind in ("pre_acts", "features")]
-    wanted += [NewPoint(module, hook, "error") for hook, module in written.items()]
+    wanted = [NewPoint(written[d.site].module, d.site, kind) for d in dictionaries for kind in ("pre_acts", "features")]
+    wanted += [NewPoint(place.module, hook, "error") for hook, place in written.items()]
     with contextlib.ExitStack() as stack:
         stack.callback(_attached.discard, model)
         _attached.add(model)
@@ -293,14 +293,15 @@ class _CachedRun:
             CacheError: It is not in the cache, nor does it follow from what is.
         """
         kind, norm = read_kind(d.hook_in), self.model.blocks[d.layer].ln2
+        x = self.entry(d.hook_in)
+        if x is not None:
+            return x.flatten(-2) if kind is Read.HEADS else x
 
         def first(*suffixes: str) -> Tensor | None:
             found = (self.entry(f"blocks.{d.layer}.{suffix}") for suffix in suffixes)
             return next((value for value in found if value is not None), None)
 
-        x = self.entry(d.hook_in)
-        if x is None and kind is Read.NORM_OUTPUT:
-            x = first("mlp.hook_in", "ln2.hook_out")
+        x = first("mlp.hook_in", "ln2.hook_out") if kind is Read.NORM_OUTPUT else None
         if x is not None:
             return x
         resid = first("hook_mlp_in", "hook_resid_mid", "ln2.hook_in")

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from circuit_lens.dictionaries.points import Read, Write, parse_hook, read_kind, write_kind
-from circuit_lens.dictionaries.saelens import adapt, fingerprint
+from circuit_lens.dictionaries.points import (
+    Place,
+    Read,
+    Write,
+    check_transcoder_hooks,
+    parse_hook,
+    read_kind,
+    write_kind,
+)
+from circuit_lens.dictionaries.adapt import adapt, expand
+from circuit_lens.dictionaries.saelens import fingerprint
 from circuit_lens.errors import DictionaryError, HookError, nearest
 from circuit_lens.hooks import has_hook
 from circuit_lens.protocols import Dictionary, HookedModel
@@ -46,7 +55,7 @@ class Binding:
         return {"model": fingerprint(parameters)} | {d.site: d.fingerprint() for d in self.dictionaries}
 
 
-def bind(model: HookedModel, dictionaries: Iterable[Any]) -> Binding:
+def bind(model: HookedModel, dictionaries: Iterable[Any] | Any) -> Binding:
     """Check that the dictionaries fit the model and return the pair.
 
     Raises:
@@ -58,27 +67,36 @@ def bind(model: HookedModel, dictionaries: Iterable[Any]) -> Binding:
             f"{type(model).__name__} is no hooked model; give a HookedTransformer or a TransformerBridge (for a "
             "Hugging Face model: TransformerBridge.boot_transformers(name))"
         )
-    if isinstance(dictionaries, Mapping):
-        dictionaries = list(dictionaries.values())
-    if not isinstance(dictionaries, Iterable):
-        dictionaries = [dictionaries]
-    adapted = sorted((adapt(d) for d in dictionaries), key=lambda d: (d.layer, d.site))
-    _check_sites(adapted)
+    adapted = sorted((adapt(d) for d in expand(dictionaries)), key=_order)
     for dictionary in adapted:
         _check_layers(model, dictionary)
         _check_hooks(model, dictionary)
         _check_widths(model, dictionary)
+    _check_sites(adapted)
     return Binding(model, tuple(adapted))
 
 
+def reads_where_it_writes(dictionary: Dictionary) -> bool:
+    """Whether a dictionary is an autoencoder."""
+    return dictionary.hook_in in dictionary.hooks_out
+
+
+def _order(dictionary: Dictionary) -> tuple[int, Place, str]:
+    return dictionary.layer, read_kind(dictionary.hook_in).place, dictionary.site
+
+
 def _check_sites(dictionaries: Sequence[Dictionary]) -> None:
-    written: dict[int, Dictionary] = {}
+    """Raise where several dictionaries stand for one activation, other than as one set whose sum stands for it."""
+    written: dict[tuple[int, Place], Dictionary] = {}
     for dictionary in dictionaries:
-        for layer in dictionary.out_layers:
-            other = written.setdefault(layer, dictionary)
+        for hook in dictionary.hooks_out:
+            place = parse_hook(hook).layer, write_kind(hook).place
+            other = written.setdefault(place, dictionary)
             if other is not dictionary and (other.joint != dictionary.joint or other.site == dictionary.site):
+                what = "MLP output" if write_kind(hook).of_mlp else parse_hook(hook).suffix
                 raise DictionaryError(
-                    f"two dictionaries write to the MLP output of layer {layer}: {other} and {dictionary}; give one"
+                    f"two dictionaries write to the {what} of layer {place[0]}: {other} and {dictionary}. Each claims "
+                    "all of it, and their sum would count it twice; give one, or compare two ReplacementModels"
                 )
 
 
@@ -90,9 +108,13 @@ def _check_layers(model: HookedModel, dictionary: Dictionary) -> None:
 
 
 def _check_hooks(model: HookedModel, dictionary: Dictionary) -> None:
+    kind, hooks = read_kind(dictionary.hook_in), model.hook_dict
+    if reads_where_it_writes(dictionary):
+        _check_autoencoder(model, dictionary)
+        return
+    check_transcoder_hooks(dictionary.hook_in, dictionary.hooks_out)
     layer = dictionary.layer
     parallel = not has_hook(model, f"blocks.{layer}.hook_resid_mid")
-    kind = read_kind(dictionary.hook_in)
     if kind is Read.MID and parallel:
         raise HookError(
             f"{dictionary} reads hook_resid_mid, which a model with parallel attention and MLP does not have; such a "
@@ -101,19 +123,39 @@ def _check_hooks(model: HookedModel, dictionary: Dictionary) -> None:
     # A norm's output has no hook point on every class; it is then computed from the normalised value, gain and bias.
     computed = kind is Read.NORM_OUTPUT and has_hook(model, f"blocks.{layer}.ln2.hook_normalized")
     if not computed and not has_hook(model, dictionary.hook_in):
-        close = nearest(dictionary.hook_in, model.hook_dict)
-        raise HookError(f"{dictionary} reads {dictionary.hook_in!r}, which the model has not{close}")
+        raise HookError(
+            f"{dictionary} reads {dictionary.hook_in!r}, which the model has not{nearest(dictionary.hook_in, hooks)}"
+        )
     for hook in dictionary.hooks_out:
         out = parse_hook(hook).layer
         raw = write_kind(hook) is Write.MLP_RAW and has_hook(model, f"blocks.{out}.hook_mlp_out")
         if not raw and not has_hook(model, hook):
-            raise HookError(f"{dictionary} writes {hook!r}, which the model has not{nearest(hook, model.hook_dict)}")
+            raise HookError(f"{dictionary} writes {hook!r}, which the model has not{nearest(hook, hooks)}")
+
+
+def _check_autoencoder(model: HookedModel, dictionary: Dictionary) -> None:
+    name, hooks = dictionary.hook_in, model.hook_dict
+    if dictionary.hooks_out != (name,):
+        raise DictionaryError(f"{dictionary} reads {name!r}, which is one of several hooks it writes; give one or none")
+    if name not in hooks:
+        hint = "; a model with parallel attention and MLP has none" if name.endswith("hook_resid_mid") else ""
+        raise HookError(f"{dictionary} stands at {name!r}, which the model has not{nearest(name, hooks)}{hint}")
+    norm_in = hooks.get(f"blocks.{dictionary.layer}.ln2.hook_in")
+    if read_kind(name) is Read.MID and norm_in is not None and hooks[name] is norm_in:
+        raise HookError(
+            f"{dictionary} stands at {name!r}, which on this class of model is what the second norm reads: what is "
+            "written there does not reach the residual stream. Use a HookedTransformer, or an SAE at hook_resid_pre or "
+            "hook_resid_post"
+        )
 
 
 def _check_widths(model: HookedModel, dictionary: Dictionary) -> None:
-    d_model = model.cfg.d_model
-    if (dictionary.d_in, dictionary.d_out) != (d_model, d_model):
+    cfg = model.cfg
+    width, what = cfg.d_model, "the model's residual stream has width"
+    if read_kind(dictionary.hook_in) is Read.HEADS:
+        width, what = cfg.n_heads * cfg.d_head, f"{dictionary.hook_in} has {cfg.n_heads} heads of {cfg.d_head}, width"
+    if (dictionary.d_in, dictionary.d_out) != (width, width):
         raise DictionaryError(
-            f"{dictionary} maps width {dictionary.d_in} to {dictionary.d_out}, the model's residual stream has width "
-            f"{d_model}: it belongs to another model"
+            f"{dictionary} maps width {dictionary.d_in} to {dictionary.d_out}, {what} {width}: it belongs to another "
+            "model"
         )

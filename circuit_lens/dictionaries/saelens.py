@@ -16,7 +16,6 @@ from torch import Tensor
 
 from circuit_lens.dictionaries.points import check_transcoder_hooks, parse_hook
 from circuit_lens.errors import DictionaryError
-from circuit_lens.protocols import Dictionary
 
 ARCHITECTURES = ("transcoder", "skip_transcoder", "jumprelu_transcoder", "jumprelu_skip_transcoder")
 # Published sets whose declared hook_mlp_in means the norm's output, as their Hugging Face hook says.
@@ -38,7 +37,9 @@ class SaelensTranscoder:
 
     def __init__(self, module: Any) -> None:
         self.module = module
-        self.kind = _architecture(module)
+        self.kind = architecture_of(module)
+        if self.kind not in ARCHITECTURES:
+            raise DictionaryError(f"a SAELens {self.kind!r} module is no transcoder; valid: {', '.join(ARCHITECTURES)}")
         _refuse_stateful(module)
         metadata = module.cfg.metadata
         name_in, name_out = metadata.hook_name, metadata.hook_name_out
@@ -161,32 +162,10 @@ def fingerprint(tensors: dict[str, Tensor]) -> str:
     return digest.hexdigest()[:16]
 
 
-def adapt(dictionary: Any) -> Dictionary:
-    """Return a Dictionary for what the user gave: one of ours as it is, a SAELens module wrapped.
-
-    Raises:
-        DictionaryError: Anything else, or a module that cannot be attributed.
-    """
-    if isinstance(dictionary, Dictionary):
-        return dictionary
-    if hasattr(dictionary, "cfg") and hasattr(dictionary, "W_dec"):
-        return SaelensTranscoder(dictionary)
-    raise DictionaryError(
-        f"{type(dictionary).__name__} is no dictionary; give SAELens transcoders (SAE.from_pretrained, "
-        "SAE.load_from_disk) or objects that follow circuit_lens.protocols.Dictionary. SAE.from_pretrained of older "
-        "SAELens versions returns a tuple: give its first item."
-    )
-
-
-def _architecture(module: Any) -> str:
+def architecture_of(module: Any) -> str:
+    """Return the name under which SAELens knows a module's class."""
     architecture = module.cfg.architecture
-    name = str(architecture() if callable(architecture) else architecture)
-    if name not in ARCHITECTURES:
-        raise DictionaryError(
-            f"a SAELens {name!r} module cannot be attributed here; valid are {', '.join(ARCHITECTURES)}. A residual or "
-            "MLP SAE reconstructs the activation it reads: it is no transcoder."
-        )
-    return name
+    return str(architecture() if callable(architecture) else architecture)
 
 
 def _refuse_stateful(module: Any) -> None:

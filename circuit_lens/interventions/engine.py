@@ -146,7 +146,9 @@ class Changed:
                     stack.enter_context(reading(read_place(self.model, table, d), self._see(d)))
             for name in self.hooks:
                 if self._is_written(name):
-                    stack.enter_context(writing(write_place(self.model, table, name), self._write(name)))
+                    stack.enter_context(
+                        writing(write_place(self.model, table, name, self.binding.dictionaries), self._write(name))
+                    )
             yield [*self._held(), *self._directions()]
         needed = {d.hook_in for d in self.binding.dictionaries if self._is_read(d)}
         needed |= {name for name in self.hooks if self._is_written(name)}

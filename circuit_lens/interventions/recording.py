@@ -185,7 +185,7 @@ def record(
         for d in binding.dictionaries:
             stack.enter_context(reading(read_place(model, table, d), see(d.site)))
         for name in names:
-            stack.enter_context(writing(write_place(model, table, name), seen(name)))
+            stack.enter_context(writing(write_place(model, table, name, binding.dictionaries), seen(name)))
         logits = forward(model, tokens, hooks=hooks, fwd_hooks=fwd_hooks)
     require_finite("logits", logits)
     silent = [n for n in names if n not in outputs] + [d.hook_in for d in binding.dictionaries if d.site not in inputs]
