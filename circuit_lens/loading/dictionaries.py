@@ -44,7 +44,8 @@ def load_dictionaries(
         device: Where they go.
         dtype: None: that of the files.
         lazy: Matrices of a cross-layer transcoder stay on disk, those of ``.safetensors`` of per-layer transcoders are
-            mapped from it (on the CPU, in the files' dtype): the files must stay. False: all is read into memory.
+            mapped from it (on the CPU, in the files' dtype): the files must stay. False: all is read into memory, as
+            SAELens needs it to save a module.
         progress: Progress bars of downloads; None: as huggingface_hub is set.
 
     Returns:
@@ -137,13 +138,17 @@ def _local_sums(one: Found) -> dict[str, str]:
 
 def _read(one: Found, files: hub.Fetched, device: Any, dtype: torch.dtype | None, lazy: bool) -> Any:
     """Return the dictionary of a record whose files are here."""
+    import torch
+
     from circuit_lens.loading import weights
 
     if one.layout == "clt":
         return _cross_layer(one, files, device, dtype, lazy)
     if one.layout == "release":
         with fetching(f"the dictionary {one}", one.repository):
-            return weights.read_release(one.release, one.sae_id, None, device=device, dtype=dtype)
+            module = weights.read_release(one.release, one.sae_id, None, device=device, dtype=dtype)
+        module.cfg.metadata.source = f"hf:{one.repository}@{hub.HUB.commit(one.repository, one.revision)}"
+        return module
     if one.layout == "saelens":
         folder = one.folder or files.paths[one.files[0]].parent
         if one.release:
@@ -166,7 +171,7 @@ def _read(one: Found, files: hub.Fetched, device: Any, dtype: torch.dtype | None
     else:
         tensors = (weights.read_plt if one.layout == "plt" else weights.read_gemma_scope)(path)
     if not lazy:
-        tensors = {name: tensor.clone() for name, tensor in tensors.items()}
+        tensors = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
     source = "" if one.folder else _source(one, files)
     return weights.make(tensors, settings, label=str(path), device=device, dtype=dtype, source=source)
 
@@ -184,7 +189,7 @@ def _cross_layer(one: Found, files: hub.Fetched, device: Any, dtype: torch.dtype
 
 
 def _n_layers(one: Found) -> int:
-    return sum(name.rsplit("/", 1)[-1].startswith("W_enc_") for name in one.files)
+    return sum(name.rsplit("/", 1)[-1].startswith(("W_enc_", "cfg.json")) for name in one.files)
 
 
 def _source(one: Found, files: hub.Fetched) -> str:

@@ -66,18 +66,22 @@ class Hub:
     """The one way to the hub. Tests put another in the place of :data:`HUB`."""
 
     def listing(self, repository: str, revision: str | None) -> Listing:
-        """Return the files of a repository; without network, those in the cache.
+        """Return the files of a repository; where it cannot be reached, those in the cache.
 
         Raises:
             FetchError: It cannot be reached and nothing of it is cached.
         """
+        folder = self._cached_snapshot(repository, revision)
         if not offline():
             from huggingface_hub import HfApi
 
-            with fetching(f"the list of files of {repository}", repository):
-                info = HfApi().model_info(repository, revision=revision, files_metadata=True)
-                return Listing(str(info.sha), {f.rfilename: f.size for f in info.siblings or ()})
-        folder = self._cached_snapshot(repository, revision)
+            try:
+                with fetching(f"the list of files of {repository}", repository):
+                    info = HfApi().model_info(repository, revision=revision, files_metadata=True)
+                    return Listing(str(info.sha), {f.rfilename: f.size for f in info.siblings or ()})
+            except FetchError:
+                if folder is None:
+                    raise
         if folder is None:
             raise FetchError(
                 f"would list the files of https://huggingface.co/{repository}{_at(revision)}, which HF_HUB_OFFLINE "
@@ -103,6 +107,11 @@ class Hub:
 
         with _bars(progress), fetching(f"{len(names)} file(s) of {repository}", repository):
             snapshot_download(repository, revision=revision, allow_patterns=[glob.escape(name) for name in names])
+
+    def commit(self, repository: str, revision: str | None) -> str:
+        """Return the commit of what is cached of a revision, "" where nothing is."""
+        folder = self._cached_snapshot(repository, revision)
+        return "" if folder is None else folder.name
 
     def _cached_snapshot(self, repository: str, revision: str | None) -> Path | None:
         from huggingface_hub import constants

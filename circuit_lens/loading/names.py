@@ -91,6 +91,9 @@ def find(
 # ----------------------------------------------------------------------------------------------------------- trees
 
 
+_DEPTH = 4  # of layer_0/width_16k/average_l0_76/params.npz
+
+
 @dataclass(frozen=True)
 class _Folder:
     """A folder of this computer as a `circuit_lens.loading.layouts.Tree`."""
@@ -102,7 +105,11 @@ class _Folder:
         return str(self.root)
 
     def names(self) -> Sequence[str]:
-        return sorted(path.relative_to(self.root).as_posix() for path in self.root.rglob("*") if path.is_file())
+        found = []
+        for depth in range(1, _DEPTH + 1):  # no deeper, lest somebody's home is walked
+            found += [path.relative_to(self.root).as_posix() for path in self.root.glob("/".join("*" * depth))
+                      if path.is_file()]  # fmt: skip
+        return sorted(found)
 
     def path(self, name: str) -> Path:
         return self.root / name
