@@ -175,6 +175,33 @@ class NeuronDictionary:
         treated = f"gate {self.gate}: " if self.gated else ""
         return fingerprint({f"{treated}{name}": weight for name, weight in self.weights.named().items()})
 
+    def secant_rows(
+        self,
+        index: Int[Tensor, "n"],
+        dtype: torch.dtype,
+        at: Float[Tensor, "n d_in"],
+        other: Float[Tensor, "n d_in"],
+    ) -> Float[Tensor, "n d_in"]:
+        """Return rows whose product with ``at - other`` is what each gated neuron's value changes by, exactly.
+
+        With ``u`` the linear factor, ``g = act(z)`` the gate and ``m`` for the mean of both inputs, the product rule of
+        finite differences: ``g_m W_in + u_m (Δg / Δz) W_gate``. Where both inputs are the same it is the tangent's row.
+
+        Raises:
+            DictionaryError: The MLP has no gate.
+        """
+        w = self.weights
+        if w.W_gate is None:
+            raise DictionaryError(f"{self} has no gate, so a change of its neurons is one of their pre-activations")
+        W_in, W_gate = (matrix.detach()[:, index].T.to(dtype) for matrix in (w.W_in, w.W_gate))
+        ends = (at.detach().to(dtype), other.detach().to(dtype))
+        linear = [(W_in * x).sum(-1) + _picked(w.b_in, index, dtype) for x in ends]
+        z = [(W_gate * x).sum(-1) + _picked(w.b_gate, index, dtype) for x in ends]
+        middle = (linear[0] + linear[1]) / 2
+        slope = _secant(self._activation, *z)
+        gate = (self._activation(z[0]) + self._activation(z[1])).detach() / 2
+        return gate[:, None] * W_in + (middle * slope)[:, None] * W_gate
+
     def _tangent(
         self, index: Int[Tensor, "n"], dtype: torch.dtype, at: Float[Tensor, "n d_in"] | None
     ) -> tuple[Float[Tensor, "n d_in"], Float[Tensor, "n"], Float[Tensor, "n d_in"]]:
@@ -189,11 +216,8 @@ class NeuronDictionary:
         x = at.detach().to(dtype)
         W_in, W_gate = (matrix.detach()[:, index].T.to(dtype) for matrix in (w.W_in, w.W_gate))
         linear = (W_in * x).sum(-1) + _picked(w.b_in, index, dtype)
-        with torch.inference_mode(False), torch.enable_grad():
-            z = ((W_gate * x).sum(-1) + _picked(w.b_gate, index, dtype)).clone().requires_grad_()
-            gate = self._activation(z)
-            slope = torch.autograd.grad(gate.sum(), z)[0]
-        gate = gate.detach()
+        z = (W_gate * x).sum(-1) + _picked(w.b_gate, index, dtype)
+        gate, slope = self._activation(z).detach(), _slope(self._activation, z)
         rows = gate[:, None] * W_in + (linear * slope)[:, None] * W_gate
         return rows, gate * linear + _picked(w.b_post, index, dtype), x
 
@@ -298,6 +322,21 @@ def _written(model: HookedModel, layer: int) -> str:
 def _affine(x: Float[Tensor, "*batch d_in"], W: Tensor, b: Tensor | None) -> Float[Tensor, "*batch d_sae"]:
     out = x @ W.to(x)
     return out if b is None else out + b.to(x)
+
+
+def _slope(activation: Activation, z: Float[Tensor, "n"]) -> Float[Tensor, "n"]:
+    """Return the derivative of an elementwise function."""
+    with torch.inference_mode(False), torch.enable_grad():
+        leaf = z.detach().clone().requires_grad_()
+        return torch.autograd.grad(activation(leaf).sum(), leaf)[0]
+
+
+def _secant(activation: Activation, a: Float[Tensor, "n"], b: Float[Tensor, "n"]) -> Float[Tensor, "n"]:
+    """Return ``(act(a) - act(b)) / (a - b)``; the derivative in the middle where the difference would be rounding."""
+    gap = a - b
+    near = gap.abs() <= torch.finfo(a.dtype).eps ** (1 / 3) * torch.maximum(a.abs(), b.abs()).clamp_min(1e-3)
+    quotient = (activation(a) - activation(b)).detach() / torch.where(near, 1.0, gap)
+    return torch.where(near, _slope(activation, (a + b) / 2), quotient)
 
 
 def _picked(bias: Tensor | None, index: Int[Tensor, "n"], dtype: torch.dtype) -> Float[Tensor, "n"]:

@@ -312,6 +312,55 @@ def test_tangents_reconstruct_exactly(name, kind):
         assert gap(rm.feature_acts(cache)[d.site], own) < cases.rounding(name, kind)
 
 
+@pytest.mark.parametrize(("name", "kind"), GATED)
+def test_a_secants_rows_give_the_whole_change_of_a_gated_neuron(name, kind):
+    model = cases.model(name, kind)
+    generator = torch.Generator().manual_seed(4)
+    at, other = torch.randn(2, 9, builders.D_MODEL, generator=generator, dtype=torch.float64)
+    index = torch.tensor([0, 3, 3, 63, 17, 9, 1, 0, 40])
+    for d in neurons(model, gate="tangent"):
+        change = (d.pre_acts(at) - d.pre_acts(other))[torch.arange(9), index]
+        rows = d.secant_rows(index, torch.float64, at, other)
+        assert gap((rows * (at - other)).sum(-1), change) < 1e-12
+        mean = d.encoder_rows(index, torch.float64, at=at) / 2 + d.encoder_rows(index, torch.float64, at=other) / 2
+        assert gap((mean * (at - other)).sum(-1), change) > 1e-2  # negative control: the mean of two tangents
+        near = d.secant_rows(index, torch.float64, at, at + 1e-9 * other)
+        assert gap(near, d.encoder_rows(index, torch.float64, at=at)) < 1e-7
+        assert gap(d.secant_rows(index, torch.float64, at, at), d.encoder_rows(index, torch.float64, at=at)) < 1e-12
+
+
+# --------------------------------------------------------------------------------------------- tangents in the engine
+
+
+@pytest.mark.parametrize(("name", "kind"), GATED)
+def test_graphs_of_tangents_conserve_without_errors(name, kind):
+    rm, tokens = pair(name, kind, "tangent"), cases.tokens(N)
+    graph = cases.attribute(rm, tokens, TARGETS, max_features=30)
+    assert float(cases.gaps(graph).max()) < 1e-10
+    assert size_of_errors(graph) < cases.rounding(name, kind)
+    assert graph.replacement_score == pytest.approx(1, abs=cases.rounding(name, kind))
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma2"])
+def test_an_edge_into_a_tangent_is_the_derivative_of_the_neurons_value(name):
+    """By central differences: a little of a token's contribution, added and taken away in the frozen model."""
+    tokens, step = cases.tokens(N), 1e-4
+    graph = cases.attribute(pair(name, "hooked", "tangent"), tokens, TARGETS, max_features=30)
+    frozen = cases.attribute(pair(name, "hooked"), tokens, TARGETS, max_features=30)
+    hand = NeuronsByHand(cases.model(name), tokens)
+    token = next(graph.node(i) for i in cases.ids(graph, NodeKind.TOKEN) if graph.node(i).pos == 1)
+    vector = torch.zeros_like(hand.clean["hook_embed"])
+    vector[1] = step * hand.clean["hook_embed"][1]
+    up, down = (hand._run({"hook_embed": v}, hold=True) for v in (vector, -vector))
+    moved = torch.stack([(up[n] - down[n]) / (2 * step) for n in hand.post])[places(graph)]
+    scale = graph.adjacency[:30].abs().amax(1)
+    assert float(((moved - graph.adjacency[:30, token.id]).abs() / scale).max()) < 1e-5
+    other = next(frozen.node(i) for i in cases.ids(frozen, NodeKind.TOKEN) if frozen.node(i).pos == 1)
+    moved = torch.stack([(up[n] - down[n]) / (2 * step) for n in hand.post])[places(frozen)]
+    control = (moved - frozen.adjacency[:30, other.id]).abs() / frozen.adjacency[:30].abs().amax(1)
+    assert float(control.max()) > 1e-2  # negative control: an edge into the linear factor is another number
+
+
 # ------------------------------------------------------------------------------------------------ the model is theirs
 
 
