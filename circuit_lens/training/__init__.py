@@ -11,9 +11,9 @@ if TYPE_CHECKING:
     from circuit_lens.training.activations import MlpActivations, mlp_activations
     from circuit_lens.training.data import ActivationStore
     from circuit_lens.training.data_collect import collect_activations
+    from circuit_lens.training.data_figures import DictionaryFit, measure_cross_layer, measure_fit
     from circuit_lens.training.data_text import TokenRows, token_rows
     from circuit_lens.training.sae import SaeSettings, train_sae
-    from circuit_lens.training.trainer import DictionaryFit, measure_fit
     from circuit_lens.training.transcoder import TranscoderSettings, train_transcoder
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "TokenRows",
     "TranscoderSettings",
     "collect_activations",
+    "measure_cross_layer",
     "measure_fit",
     "mlp_activations",
     "token_rows",
@@ -33,13 +34,14 @@ __all__ = [
 
 _HOMES = {
     "ActivationStore": "circuit_lens.training.data",
-    "DictionaryFit": "circuit_lens.training.trainer",
+    "DictionaryFit": "circuit_lens.training.data_figures",
     "MlpActivations": "circuit_lens.training.activations",
     "SaeSettings": "circuit_lens.training.sae",
     "TokenRows": "circuit_lens.training.data_text",
     "TranscoderSettings": "circuit_lens.training.transcoder",
     "collect_activations": "circuit_lens.training.data_collect",
-    "measure_fit": "circuit_lens.training.trainer",
+    "measure_cross_layer": "circuit_lens.training.data_figures",
+    "measure_fit": "circuit_lens.training.data_figures",
     "mlp_activations": "circuit_lens.training.activations",
     "token_rows": "circuit_lens.training.data_text",
     "train_sae": "circuit_lens.training.sae",

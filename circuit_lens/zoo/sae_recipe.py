@@ -235,8 +235,8 @@ def replaced_loss(
 def measure_saes(model: HookedTransformer, folder: Path, text: HeldOutText) -> SaeFigures:
     """All figures of the sets in a folder."""
     from circuit_lens.training.data_collect import collect_activations
+    from circuit_lens.training.data_figures import measure_fit
     from circuit_lens.training.data_text import TokenRows
-    from circuit_lens.training.trainer import measure_fit
 
     tokens = text.rows.tokens
     found = [(one, dictionary) for one in SETS for dictionary in load_dictionaries_from(folder / one)]
