@@ -5,7 +5,8 @@
 
 The peer runs in an environment of its own (PYTHON) on files that both sides read (see `parity_models`). Edges are
 compared on every pair of nodes that both graphs have: circuit-tracer knows no biases and no positions and zeroes
-features and errors at position 0. Exits with 1 if a difference exceeds its limit.
+features and errors at position 0. Cross-layer transcoders travel in circuit-tracer's own layout: it loads the files
+that we wrote, and we attribute with those that it wrote. Exits with 1 if a difference exceeds its limit.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import tempfile
 import time
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -41,6 +42,7 @@ from benchmarks.parity_models import (
 
 if TYPE_CHECKING:
     from circuit_lens import AttributionGraph
+    from circuit_lens.dictionaries.cross_layer import CrossLayerTranscoder
 
 LIMIT = 1e-5
 RUNS = 3
@@ -89,12 +91,50 @@ def bundled_cases() -> list[Case]:
     return [case_from_model("capitals", rm.model, saes, tokens, Settings())]
 
 
-def graph_of(case: Case, peer: PeerResult | None = None) -> AttributionGraph:
+def cross_layer_transcoder(case: Case) -> CrossLayerTranscoder:
+    """Return the case's cross-layer transcoder."""
+    from circuit_lens.dictionaries.cross_layer import CrossLayerTranscoder
+
+    layers, first = range(len(case.transcoders)), case.transcoders[0]
+    weights = {f: [getattr(w, f) for w in case.transcoders] for f in ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")}
+    return CrossLayerTranscoder(
+        W_enc=weights["W_enc"],
+        b_enc=weights["b_enc"],
+        W_dec=weights["W_dec"],
+        b_dec=weights["b_dec"],
+        hook_in=[f"blocks.{layer}.{case.hook_read}" for layer in layers],
+        hook_out=[f"blocks.{layer}.{case.hook_write}" for layer in layers],
+        activation="relu" if first.threshold is None else "jumprelu",
+        threshold=None if first.threshold is None else weights["threshold"],
+        W_skip=None if first.W_skip is None else [w.W_skip.T for w in case.transcoders if w.W_skip is not None],
+    )
+
+
+def dictionaries_of(case: Case, clt_folder: Path | None = None) -> list[Any]:
+    """Return the case's dictionaries; a cross-layer transcoder as the peer wrote it to a folder, where there is one.
+
+    Raises:
+        ValueError: The peer's files hold other weights.
+    """
+    from circuit_lens.dictionaries.cross_layer import CrossLayerTranscoder
+
+    if not case.cross_layer:
+        return saelens_transcoders(case)
+    ours = cross_layer_transcoder(case)
+    if clt_folder is None or case.transcoders[0].W_skip is not None:  # the peer's files have no skip
+        return list(ours.dictionaries)
+    theirs = CrossLayerTranscoder.load(clt_folder, lazy=True, hook_in=case.hook_read, hook_out=case.hook_write)
+    if [d.fingerprint() for d in ours.dictionaries] != [d.fingerprint() for d in theirs.dictionaries]:
+        raise ValueError(f"the files in {clt_folder} do not hold the weights of {case.name}")
+    return list(theirs.dictionaries)
+
+
+def graph_of(case: Case, peer: PeerResult | None = None, clt_folder: Path | None = None) -> AttributionGraph:
     """Return our graph of a case; where the peer chose among the features, with the features that it chose."""
     from circuit_lens.replacement_model import ReplacementModel
 
     model = hooked_transformer(case).eval()
-    rm = ReplacementModel(model, saelens_transcoders(case))
+    rm = ReplacementModel(model, dictionaries_of(case, clt_folder))
     start, stop = (0, 1) if peer is None else peer.zero_positions
     local = rm.local(case.tokens, zero_positions=range(start, stop), min_explained=None)
     settings = case.settings
@@ -104,11 +144,11 @@ def graph_of(case: Case, peer: PeerResult | None = None) -> AttributionGraph:
     return local.attribute(targets, progress=False)
 
 
-def compare(case: Case, peer: PeerResult) -> Agreement:
+def compare(case: Case, peer: PeerResult, clt_folder: Path | None = None) -> Agreement:
     """Compare our graph of a case with the peer's."""
     from circuit_lens.graph.nodes import NodeKind
 
-    graph = graph_of(case, peer)
+    graph = graph_of(case, peer, clt_folder)
     nodes, n_pos, n_layers = graph.nodes, len(case.tokens), len(case.transcoders)
     places = (column[: nodes.n_features].tolist() for column in (nodes.layer, nodes.pos, nodes.index))
     ours = list(zip(*places, strict=True))
@@ -187,8 +227,10 @@ def _scores(
 
 def run_peer(case: Case, folder: Path, python: str) -> PeerResult:
     """Run circuit-tracer on a case in its own environment."""
-    given, made = folder / f"{case.name}.case", folder / f"{case.name}.result"
+    given, made = folder / f"{case.name}-case.safetensors", folder / f"{case.name}-result.safetensors"
     write_case(given, case)
+    if case.cross_layer:
+        cross_layer_transcoder(case).save(given.with_suffix(".clt"), layout="circuit-tracer")
     command = [python, "-m", "benchmarks.parity_peer", str(given), str(made)]
     subprocess.run(command, check=True, cwd=Path(__file__).parents[1], stdout=subprocess.DEVNULL)
     return read_result(made)
@@ -292,7 +334,7 @@ def main() -> int:
         wanted = arguments.cases
         cases = [c for c in [*correctness_cases(), *bundled_cases()] if not wanted or c.name in wanted]
         for case in cases:
-            agreement = compare(case, run_peer(case, folder, python))
+            agreement = compare(case, run_peer(case, folder, python), folder / f"{case.name}-result.clt")
             print(agreement, flush=True)
             fine = fine and agreement.same_features and agreement.worst <= LIMIT
         print("agreement:", f"every difference is at most {LIMIT:.0e}" if fine else f"a difference EXCEEDS {LIMIT:.0e}")

@@ -15,10 +15,13 @@ A **case** (`Case`, `write_case`, `read_case`): one model, its dictionaries, one
              model.<name>                  HookedTransformer's state dict (no masks and rotary tables)
              transcoder.<l>.W_enc          [d_model, d_sae]   the orientation is that of SAELens
              transcoder.<l>.b_enc          [d_sae]
-             transcoder.<l>.W_dec          [d_sae, d_model]
+             transcoder.<l>.W_dec          [d_sae, d_model]   a cross-layer transcoder's: [d_sae, n_layers - l, d_model]
              transcoder.<l>.b_dec          [d_model]
              transcoder.<l>.threshold      [d_sae]            absent: ReLU; present: x·1[x > threshold], threshold >= 0
              transcoder.<l>.W_skip         [d_model, d_model] absent: no skip; present: x @ W_skip.T is added
+
+A cross-layer transcoder also travels as a folder in circuit-tracer's own layout beside the case (``<case>.clt``), which
+circuit-tracer loads, and comes back as circuit-tracer writes it beside the result, which circuit_lens loads.
 
 A **result** (`PeerResult`, `write_result`, `read_result`): what circuit-tracer made of the case.
 
@@ -107,6 +110,11 @@ class Case:
     hook_read: str = "ln2.hook_normalized"
     hook_write: str = "hook_mlp_out"
     settings: Settings = dataclasses.field(default_factory=Settings)
+
+    @property
+    def cross_layer(self) -> bool:
+        """Whether the dictionaries are the layers of one cross-layer transcoder."""
+        return bool(self.transcoders) and self.transcoders[0].W_dec.ndim == 3
 
     @property
     def dtype(self) -> torch.dtype:
@@ -322,6 +330,7 @@ def random_case(
     rms: bool = False,
     skip: bool = False,
     jumprelu: bool = True,
+    cross_layer: bool = False,
     n_layers: int = 4,
     d_model: int = 64,
     n_heads: int = 4,
@@ -334,7 +343,7 @@ def random_case(
     seed: int = 0,
     settings: Settings | None = None,
 ) -> Case:
-    """Return a random model with random transcoders.
+    """Return a random model with random transcoders, or with a random cross-layer transcoder.
 
     Without ``rms`` the model is GPT-2-like: LayerNorm with gains and biases, learned positions, GELU, biases
     everywhere. With it: RMSNorm with gains, rotary positions, half as many key and value heads as query heads, a gated
@@ -394,13 +403,13 @@ def random_case(
 
     cut = math.sqrt(2) * torch.erfinv(torch.tensor(1 - 2 * l0 / d_sae, dtype=torch.float64)).item()
     transcoders = []
-    for _ in range(n_layers):
-        b_enc = randn(d_sae, scale=0.1)
+    for layer in range(n_layers):
+        b_enc, outputs = randn(d_sae, scale=0.1), [n_layers - layer] if cross_layer else []
         transcoders.append(
             TranscoderWeights(
                 W_enc=randn(d_model, d_sae, scale=d_model**-0.5),
                 b_enc=b_enc if jumprelu else b_enc - cut,
-                W_dec=randn(d_sae, d_model, scale=(l0 * d_model) ** -0.5),
+                W_dec=randn(d_sae, *outputs, d_model, scale=(l0 * d_model) ** -0.5),
                 b_dec=randn(d_model, scale=0.1),
                 threshold=(cut + randn(d_sae, scale=0.1)).clamp(min=0) if jumprelu else None,
                 W_skip=randn(d_model, d_model, scale=0.3 * d_model**-0.5) if skip else None,
@@ -420,6 +429,11 @@ def correctness_cases() -> list[Case]:
         random_case("rms-grouped-queries-skip", rms=True, skip=True, seed=3),
         random_case("layernorm-capped", seed=4, settings=Settings(max_feature_nodes=200)),
         random_case("rms-grouped-queries-float64", rms=True, dtype="float64", seed=5),
+        random_case("clt-layernorm-relu", cross_layer=True, jumprelu=False, seed=7),
+        random_case("clt-rms-grouped-queries-jumprelu", cross_layer=True, rms=True, seed=8),
+        random_case("clt-rms-grouped-queries-skip", cross_layer=True, rms=True, skip=True, seed=9),
+        random_case("clt-layernorm-capped", cross_layer=True, seed=10, settings=Settings(max_feature_nodes=200)),
+        random_case("clt-rms-grouped-queries-float64", cross_layer=True, rms=True, dtype="float64", seed=11),
     ]
 
 

@@ -4,6 +4,9 @@ Runs in the environment that ``make parity`` sets up for it, which has no circui
 
     .venv-parity/bin/python -m benchmarks.parity_peer case.safetensors result.safetensors
 
+A cross-layer transcoder is loaded by circuit-tracer's own loader, from files that circuit_lens wrote in its layout, and
+written again by its own writer.
+
 Every batch size of the case's settings is run in a process of its own, so that neither memory nor warm caches of one
 help another; the graph, influence, masks and scores are those of the first. Times are CPU seconds of ``attribute``
 alone (no loading, no influence, no pruning) on one thread.
@@ -17,6 +20,7 @@ import argparse
 import dataclasses
 import importlib.metadata
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -56,12 +60,44 @@ class TokenNumbers:
         return " ".join(str(int(token)) for token in torch.as_tensor(tokens).flatten())
 
 
-def replacement_model(case: Case) -> Any:
+def replacement_model(case: Case, clt_folder: Path) -> Any:
     """Return circuit-tracer's TransformerLens replacement model with the case's weights."""
     from circuit_tracer.replacement_model.replacement_model_transformerlens import TransformerLensReplacementModel
+    from transformer_lens import HookedTransformerConfig
+
+    both = cross_layer_transcoder(case, clt_folder) if case.cross_layer else transcoder_set(case)
+    model = TransformerLensReplacementModel(HookedTransformerConfig(**hooked_config(case)), move_to_device=False)
+    load_state(model, case)
+    model._configure_replacement_model(both)
+    model.tokenizer = TokenNumbers(int(case.tokens[0]), model.cfg.d_vocab)
+    return model.eval()
+
+
+def cross_layer_transcoder(case: Case, folder: Path) -> Any:
+    """Return circuit-tracer's cross-layer transcoder, loaded by itself; an error if it read other weights."""
+    from circuit_tracer.transcoder.cross_layer_transcoder import load_clt
+
+    clt = load_clt(
+        str(folder), case.hook_read, case.hook_write, scan=case.name, device=torch.device("cpu"), dtype=case.dtype
+    )
+    for layer, weights in enumerate(case.transcoders):
+        read = {"W_enc": clt.W_enc[layer].T, "b_enc": clt.b_enc[layer], "b_dec": clt.b_dec[layer]}
+        read["W_dec"] = clt._get_decoder_vectors(layer)
+        if weights.threshold is not None:
+            read["threshold"] = clt.activation_function.threshold[layer, 0]
+        for name, tensor in read.items():
+            if not torch.equal(tensor, getattr(weights, name)):
+                raise ValueError(f"circuit-tracer read another {name} of layer {layer} than was written")
+    if case.transcoders[0].W_skip is not None:  # its files have no skip, its code has
+        clt.W_skip = torch.nn.Parameter(torch.stack([w.W_skip.T for w in case.transcoders if w.W_skip is not None]))
+        clt.skip_connection = True
+    return clt
+
+
+def transcoder_set(case: Case) -> Any:
+    """Return circuit-tracer's set of per-layer transcoders."""
     from circuit_tracer.transcoder import SingleLayerTranscoder, TranscoderSet
     from circuit_tracer.transcoder.activation_functions import JumpReLU
-    from transformer_lens import HookedTransformerConfig
 
     transcoders = {}
     for layer, weights in enumerate(case.transcoders):
@@ -76,25 +112,23 @@ def replacement_model(case: Case) -> Any:
                 if (tensor := getattr(weights, name)) is not None:
                     getattr(transcoder, name).copy_(tensor)
         transcoders[layer] = transcoder
-    both = TranscoderSet(
+    return TranscoderSet(
         transcoders, feature_input_hook=case.hook_read, feature_output_hook=case.hook_write, scan=case.name
     )
-    model = TransformerLensReplacementModel(HookedTransformerConfig(**hooked_config(case)), move_to_device=False)
-    load_state(model, case)
-    model._configure_replacement_model(both)
-    model.tokenizer = TokenNumbers(int(case.tokens[0]), model.cfg.d_vocab)
-    return model.eval()
 
 
-def run(case: Case, batch_size: int, measure_only: bool) -> PeerResult:
-    """Run circuit-tracer on the case in this process."""
+def run(case_path: Path, result_path: Path, batch_size: int, measure_only: bool) -> PeerResult:
+    """Run circuit-tracer on the case in this process; write a cross-layer transcoder beside the result."""
+    case = read_case(case_path)
     from circuit_tracer.attribution.attribute import attribute
     from circuit_tracer.graph import compute_graph_scores, compute_node_influence, prune_graph
 
     warnings.filterwarnings("ignore", message="Full backward hook is firing")  # its way of reading gradients
     torch.set_num_threads(1)
     torch.set_default_dtype(case.dtype)  # its edge matrix has the default dtype
-    model, settings = replacement_model(case), case.settings
+    model, settings = replacement_model(case, case_path.with_suffix(".clt")), case.settings
+    if case.cross_layer and not measure_only:
+        model.transcoders.to_safetensors(str(result_path.with_suffix(".clt")))
     case = dataclasses.replace(case, state={}, transcoders=())
     with measured() as meter:
         graph = attribute(
@@ -154,6 +188,8 @@ def run_all(case_path: Path, result_path: Path) -> PeerResult:
             command += ["--batch-size", str(batch_size), *(["--measure-only"] if i else [])]
             subprocess.run(command, check=True, cwd=Path(__file__).parents[1])
             results.append(read_result(part))
+            if part.with_suffix(".clt").exists():
+                shutil.move(part.with_suffix(".clt"), result_path.with_suffix(".clt"))
     result = dataclasses.replace(results[0], measurements=[m for r in results for m in r.measurements])
     write_result(result_path, result)
     return result
@@ -168,7 +204,8 @@ def main() -> None:
     arguments = parser.parse_args()
     case_path, result_path = arguments.case.resolve(), arguments.result.resolve()
     if arguments.batch_size is not None:
-        write_result(result_path, run(read_case(case_path), arguments.batch_size, arguments.measure_only))
+        result = run(case_path, result_path, arguments.batch_size, arguments.measure_only)
+        write_result(result_path, result)
         return
     result = run_all(case_path, result_path)
     print(
