@@ -95,7 +95,8 @@ def test_a_gate_of_another_place_leaves_errors(name, kind):
 
 
 @pytest.mark.parametrize(
-    ("name", "kind", "engine"), [*((*case, "fast") for case in cases.CLASSES), *((*case, "reference") for case in SOME)]
+    ("name", "kind", "engine"),
+    [*((*case, "fast") for case in cases.CLASSES), *((*case, "reference") for case in SOME[::2])],
 )
 def test_rows_and_own_bias_sum_to_pre_activations(name, kind, engine):
     if engine == "fast":
@@ -218,7 +219,7 @@ def test_a_neuron_set_to_zero_is_that_neuron_ablated_by_a_hook(name, kind):
     model, limit = rm.model, cases.rounding(name, kind)
     with torch.no_grad():
         clean = model(tokens[None])[0]
-    for layer, pos, index in ((0, 2, 5), (1, 3, 11), (2, N - 1, 63)):
+    for layer, pos, index in ((0, 2, 5), (2, N - 1, 63)):
 
         def zero(value: Tensor, hook: Any, pos: int = pos, index: int = index) -> Tensor:
             value = value.clone()
@@ -251,7 +252,7 @@ def test_attached_features_and_those_of_a_cache_are_the_models_own_neurons(name,
     assert gap(without_errors, logits) < limit
 
 
-@pytest.mark.parametrize(("name", "kind"), cases.CLASSES)
+@pytest.mark.parametrize(("name", "kind"), SOME)
 def test_with_everything_frozen_a_neuron_moves_every_neuron_by_its_column(name, kind):
     rm, graph = pair(name, kind), graph_of(name, kind)
     recording = rm.record(graph.tokens)
@@ -332,7 +333,7 @@ def test_a_secants_rows_give_the_whole_change_of_a_gated_neuron(name, kind):
 # --------------------------------------------------------------------------------------------- tangents in the engine
 
 
-@pytest.mark.parametrize(("name", "kind"), GATED)
+@pytest.mark.parametrize(("name", "kind"), [case for case in SOME if case in GATED])
 def test_graphs_of_tangents_conserve_without_errors(name, kind):
     rm, tokens = pair(name, kind, "tangent"), cases.tokens(N)
     graph = cases.attribute(rm, tokens, TARGETS, max_features=30)
