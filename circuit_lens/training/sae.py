@@ -67,9 +67,9 @@ class SaeSettings(TrainerSettings):
                 f"architecture {self.architecture!r}{nearest(self.architecture, names)}; valid are {', '.join(names)}"
             )
         if self.architecture == "topk" and self.k != int(self.k):
-            raise DictionaryError(f"k is {self.k:g}; with topk it is a whole number")
+            raise DictionaryError(f"settings: k is {self.k:g}; with topk it is a whole number")
         if self.l1 < 0 or self.l0 < 0 or not 0 <= self.warm_up_share <= 1:
-            raise DictionaryError("l1 and l0 must be at least 0, and warm_up_share from 0 to 1")
+            raise DictionaryError("settings: l1 and l0 must be at least 0, and warm_up_share from 0 to 1")
 
 
 def _network(d_in: int, settings: SaeSettings, metadata: SAEMetadata) -> Any:

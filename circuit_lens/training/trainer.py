@@ -74,13 +74,13 @@ class TrainerSettings:
         """Raise DictionaryError for settings that cannot train anything."""
         for name in ("d_sae", "steps", "batch", "dead_window"):
             if getattr(self, name) < 1:
-                raise DictionaryError(f"{name} is {getattr(self, name)}; it must be at least 1")
+                raise DictionaryError(f"settings: {name} is {getattr(self, name)}; it must be at least 1")
         if not 0 < self.k <= self.d_sae:
-            raise DictionaryError(f"k is {self.k:g}; it must be above 0 and at most d_sae, {self.d_sae}")
+            raise DictionaryError(f"settings: k is {self.k:g}; it must be above 0 and at most d_sae, {self.d_sae}")
         if not self.lr > 0 or not 0 <= self.decay_share <= 1 or self.auxiliary < 0:
             raise DictionaryError(
-                f"lr is {self.lr:g}, decay_share {self.decay_share:g}, auxiliary {self.auxiliary:g}; they must be "
-                "above 0, from 0 to 1, and at least 0"
+                f"settings: lr is {self.lr:g}, decay_share {self.decay_share:g}, auxiliary {self.auxiliary:g}; they "
+                "must be above 0, from 0 to 1, and at least 0"
             )
 
 
