@@ -61,7 +61,7 @@ def fetching(what: str, repository: str) -> Iterator[None]:
 def readable_size(n_bytes: float) -> str:
     """Return a size with its unit, powers of 1000.
 
-    >>> readable_size(28.5e9), readable_size(4_000)
+    >>> readable_size(28.5e9), readable_size(4e3)
     ('28 GB', '4 kB')
     """
     unit = "B"

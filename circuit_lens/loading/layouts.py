@@ -142,6 +142,8 @@ def recognise(tree: Tree, given: Settings) -> list[Found]:
     if encoders:
         return [_cross_layer(tree, names, encoders, config, given)]
     if config.get("model_kind") == "cross_layer_transcoder":
+        if listed:
+            return [_listed_cross_layer(tree, [str(uri) for uri in listed], config, given)]
         raise LoadError(f"{tree.label}: config.yaml says cross_layer_transcoder, but there is no W_enc_0.safetensors")
     if layers or listed:
         settings = _per_layer_settings(tree, config, given)
@@ -229,7 +231,10 @@ def _per_layer_settings(
 
 def _listed(tree: Tree, uri: str, layer: int, settings: Settings) -> Found:
     """Return a dictionary that a configuration lists: a file of another repository, or one beside it."""
-    layout: Layout = "gemma-scope" if uri.endswith(".npz") else "plt"
+    file = uri.partition("?")[0].rsplit("/", 1)[-1]
+    layout: Layout = (
+        "gemma-scope" if file == "params.npz" else "gemma-scope-2" if file == "params.safetensors" else "plt"
+    )
     settings = replace(settings, layer=layer, l0=_l0(uri))
     if uri.startswith("hf:"):
         address = parse_address(uri)
@@ -240,6 +245,19 @@ def _listed(tree: Tree, uri: str, layer: int, settings: Settings) -> Found:
     if uri not in tree.names():
         raise DictionaryError(f"{tree.label}: config.yaml lists {uri!r}, which is not there")
     return tree.found(layout, (uri,), settings)
+
+
+def _listed_cross_layer(tree: Tree, uris: Sequence[str], config: Mapping[str, Any], given: Settings) -> Found:
+    """Return a cross-layer transcoder whose files, in Gemma Scope 2's layout, a configuration lists layer by layer."""
+    settings = _per_layer_settings(tree, config, given, kind="cross_layer_transcoder")
+    addresses = [parse_address(uri) for uri in uris]
+    places = {(address.repository, address.revision) for address in addresses}
+    if len(places) != 1:
+        raise DictionaryError(
+            f"{tree.label}: config.yaml lists files of {len(places)} repositories; one set lies in one"
+        )
+    (repository, revision), files = places.pop(), tuple(address.folder for address in addresses)
+    return Found(repository=repository, revision=revision, layout="gemma-scope-2-clt", files=files, settings=settings)
 
 
 def _gemma_scope_2(tree: Tree, names: set[str], name: str, given: Settings) -> Found:

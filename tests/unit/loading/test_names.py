@@ -295,6 +295,27 @@ def test_listed_files_of_other_repositories_are_found(cache: Path) -> None:
         load_dictionaries("hf:a/listed")
 
 
+def test_listed_files_of_gemma_scope_2_are_read_as_what_they_are(cache: Path) -> None:
+    root = files.cache_folder(cache, "google/gemma-scope-2-1b-pt")
+    for i in range(3):
+        files.write_scope_2(root / f"transcoder_all/layer_{i}_width_16k_l0_small", raw(i), i, skip=False)
+        decoder = torch.randn(10, 3, 6, generator=torch.Generator().manual_seed(i))
+        tensors = {name.lower(): raw(i)[name] for name in ("W_enc", "b_enc", "b_dec", "threshold")}
+        (root / "clt").mkdir(exist_ok=True)
+        save_file({**tensors, "w_dec": decoder}, root / "clt" / f"params_layer_{i}.safetensors")
+    uri = "hf://google/gemma-scope-2-1b-pt"
+    listed = [f"{uri}/transcoder_all/layer_{i}_width_16k_l0_small/params.safetensors" for i in range(3)]
+    files.write_plt(files.cache_folder(cache, "a/plt"), [], transcoders=listed)
+    loaded = load_dictionaries("hf:a/plt")
+    assert [torch.equal(one.threshold, raw(i)["threshold"]) for i, one in enumerate(loaded)] == [True] * 3
+    listed = [f"{uri}/clt/params_layer_{i}.safetensors" for i in range(3)]
+    kind = {"model_kind": "cross_layer_transcoder", "feature_input_hook": "hook_resid_mid"}
+    files.write_plt(files.cache_folder(cache, "a/clt"), [], transcoders=listed, **kind)
+    (clt,) = load_dictionaries("hf:a/clt")
+    assert [d.hook_in for d in clt.dictionaries] == [f"blocks.{i}.hook_resid_mid" for i in range(3)]
+    assert clt.metadata["source"] == f"hf:google/gemma-scope-2-1b-pt@{files.COMMIT}/clt"
+
+
 # Light
 
 
