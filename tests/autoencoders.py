@@ -110,6 +110,12 @@ class FrozenWithSites:
         self.clean: dict[str, Tensor] = {}
         self.clean_mlp: dict[int, tuple[Tensor, Tensor]] = {}
         self.clean = self._run({}, {}, hold=False)
+        self.jacobians = [self._jacobian(layer) for layer in range(model.cfg.n_layers)]
+
+    def _jacobian(self, layer: int) -> Tensor:
+        mlp = self.model.blocks[layer].mlp
+        with torch.enable_grad():
+            return torch.autograd.functional.jacobian(lambda x: _first(mlp(x[None]))[0], self.clean_mlp[layer][0][0])
 
     def run(self, before: dict[str, Tensor], behind: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
         """Return the pre-activations by site, and the demeaned logits, with vectors ``[n_pos, ...]`` added at hooks."""
@@ -158,26 +164,27 @@ class FrozenWithSites:
 
     @contextlib.contextmanager
     def _mlp(self, layer: int, hold: bool) -> Any:
-        """Linearise a block's MLP, or note its clean input and output."""
-        mlp = self.model.blocks[layer].mlp
+        """Linearise a block's MLP where its output comes out first, or note its clean input and output."""
+        mlp, inputs = self.model.blocks[layer].mlp, []
+        point = self.points.get(f"blocks.{layer}.mlp.hook_out")
+        inside = point is not None and any(point is module for module in mlp.modules())
 
-        def note(module: Any, args: Any, out: Any) -> Any:
-            value = out[0] if isinstance(out, tuple) else out
+        def edit(module: Any, args: Any, out: Any) -> Any:
+            value = _first(out)
             if not hold:
-                self.clean_mlp[layer] = args[0].clone(), value.clone()
+                self.clean_mlp[layer] = inputs[0].clone(), value.clone()
                 return None
             clean_in, clean_out = self.clean_mlp[layer]
-            handle.remove()  # the Jacobian runs the module again
-            with torch.enable_grad():
-                moved = torch.autograd.functional.jvp(lambda x: _first(module(x)), clean_in, args[0] - clean_in)[1]
-            new = clean_out + moved
+            new = clean_out + torch.einsum("pqrs,rs->pq", self.jacobians[layer], (inputs[0] - clean_in)[0])[None]
             return (new, *out[1:]) if isinstance(out, tuple) else new
 
-        handle = mlp.register_forward_hook(note)
+        handles = [mlp.register_forward_pre_hook(lambda module, args: inputs.append(args[0].clone()))]
+        handles.append((point if inside else mlp).register_forward_hook(edit, prepend=True))
         try:
             yield
         finally:
-            handle.remove()
+            for handle in handles:
+                handle.remove()
 
 
 def _first(out: Any) -> Tensor:

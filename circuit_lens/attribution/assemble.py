@@ -13,9 +13,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from circuit_lens.attribution.sources import Sources
-from circuit_lens.dictionaries.points import write_kind
+from circuit_lens.dictionaries.binding import write_rank
 from circuit_lens.graph.nodes import NodeKind, NodeTable, Section
-from circuit_lens.protocols import Dictionary
 
 Label = Callable[[str, int, int], str]
 
@@ -149,13 +148,8 @@ def lay_out(
 
 def _feature_ranks(sources: Sources, selected: Int[Tensor, "n_selected"]) -> Int[Tensor, "n_selected"]:
     """Return where each chosen feature enters at the earliest."""
-    ranks = [torch.full((len(f),), _first_write(f.dictionary)) for f in sources.features]
+    ranks = [torch.full((len(f),), write_rank(f.dictionary)) for f in sources.features]
     return torch.cat([*ranks, torch.zeros(0, dtype=torch.long)])[selected]
-
-
-def _first_write(dictionary: Dictionary) -> int:
-    writes = zip(dictionary.out_layers, dictionary.hooks_out, strict=True)
-    return min(write_kind(hook).place.at(layer) for layer, hook in writes)
 
 
 def _entry_ranks(sources: Sources, entries: Sequence[_Entry]) -> list[int]:
@@ -166,7 +160,7 @@ def _entry_ranks(sources: Sources, entries: Sequence[_Entry]) -> list[int]:
         earliest[key] = min(earliest.get(key, p.place.at(p.layer)), p.place.at(p.layer))
     for f in sources.features:
         key = NodeKind.REST, f.dictionary.layer
-        earliest[key] = min(earliest.get(key, _first_write(f.dictionary)), _first_write(f.dictionary))
+        earliest[key] = min(earliest.get(key, write_rank(f.dictionary)), write_rank(f.dictionary))
     return [earliest[entry.kind, entry.layer] for entry in entries]
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from circuit_lens.attribution.frozen import FrozenModel
 from circuit_lens.attribution.mlp_paths import JacobianPath, MlpPath, SkipPath, read_constant, read_value
 from circuit_lens.attribution.sources import ActiveFeatures, PointSource, Sources
-from circuit_lens.dictionaries.binding import reads_where_it_writes
+from circuit_lens.dictionaries.binding import layers_of_mlps, reads_where_it_writes
 from circuit_lens.dictionaries.points import Place, Read, Write, read_kind, write_kind
 from circuit_lens.errors import ConsistencyError, DictionaryError
 from circuit_lens.graph.nodes import NodeKind
@@ -50,7 +50,7 @@ def collect(
         for layer, hook, out, b in zip(dictionary.out_layers, dictionary.hooks_out, outputs, biases, strict=True):
             left.take(layer, write_kind(hook), out, b)
     stands = {(d.layer, write_kind(d.hook_in)) for d in dictionaries if reads_where_it_writes(d)}
-    covered = {layer for d in dictionaries if not reads_where_it_writes(d) for layer in d.out_layers}
+    covered = layers_of_mlps(dictionaries)
     points, paths = _embedding_points(frozen), []
     for layer in range(frozen.n_layers):
         path = _path(model, frozen, dictionaries, layer, mlp if layer not in covered else "error")

@@ -98,8 +98,52 @@ class SkipPath:
         return read_adjoint(self.kind, self.ln2, g @ self.matrix.T, where)
 
 
+class LinearMlp:
+    """An MLP's Jacobian at some inputs, applied by products: one forward pass, and nothing is stored densely.
+
+    Args:
+        module: The MLP, called as ``module(x)`` on ``[1, pos, d_model]``.
+        x: The inputs at which the Jacobian is taken.
+
+    Attributes:
+        out: The MLP's output there, in its own dtype.
+    """
+
+    def __init__(self, module: Any, x: Float[Tensor, "n_pos d_model"]) -> None:
+        native = next(iter(module.parameters())).dtype
+        points = (m for m in module.modules() if hasattr(m, "fwd_hooks"))
+        with torch.inference_mode(False), torch.enable_grad(), preserved_rng(), suspended(points):
+            self._x = x[None].to(native).clone().requires_grad_()
+            out = module(self._x)
+            self._out = out[0] if isinstance(out, tuple) else out
+        self.out: Float[Tensor, "n_pos d_model"] = self._out.detach()[0]
+        self._pulled: tuple[Tensor, Tensor] | None = None
+
+    def pull(self, g: Float[Tensor, "n n_pos d_model"]) -> Float[Tensor, "n n_pos d_model"]:
+        """Return vector-Jacobian products, position by position."""
+        with torch.inference_mode(False):
+            (found,) = torch.autograd.grad(
+                self._out, self._x, g[:, None].to(self._out), is_grads_batched=True, retain_graph=True
+            )
+        return found[:, 0].to(g.dtype)
+
+    def push(self, tangent: Float[Tensor, "n n_pos d_model"]) -> Float[Tensor, "n n_pos d_model"]:
+        """Return Jacobian-vector products: derivatives of the vector-Jacobian product with respect to its vector."""
+        with torch.inference_mode(False), torch.enable_grad():
+            if self._pulled is None:
+                dual = torch.zeros_like(self._out, requires_grad=True)
+                (pulled,) = torch.autograd.grad(self._out, self._x, dual, create_graph=True)
+                self._pulled = pulled, dual
+            pulled, dual = self._pulled
+            (found,) = torch.autograd.grad(
+                pulled, dual, tangent[:, None].to(pulled), is_grads_batched=True, retain_graph=True,
+                create_graph=tangent.requires_grad,
+            )  # fmt: skip
+        return found[:, 0].to(tangent.dtype)
+
+
 class JacobianPath:
-    """The MLP's own Jacobian at the prompt, by vector-Jacobian products through the module; nothing is stored densely.
+    """The MLP's own Jacobian at the prompt, between the norms around it.
 
     Args:
         module: The block's MLP, called as ``module(x)`` on ``[batch, pos, d_model]``.
@@ -113,32 +157,13 @@ class JacobianPath:
     ) -> None:
         self.module, self.ln2, self.post = module, ln2, ln2_post
         self.input = ln2.apply_output(base) + ln2.constant_output()
-        self.native = next(iter(module.parameters())).dtype
-
-    def _vjp(self, g: Float[Tensor, "n_target n_query d_model"], where: Where) -> Tensor:
-        x = (self.input[where] if isinstance(where, slice) else self.input[where : where + 1]).to(self.native)
-        points = (m for m in self.module.modules() if hasattr(m, "fwd_hooks"))
-        with torch.inference_mode(False), torch.enable_grad(), preserved_rng(), suspended(points):
-            batch = x.expand(g.shape[0], *x.shape).clone().requires_grad_()
-            out = self.module(batch)
-            out = out[0] if isinstance(out, tuple) else out
-            return torch.autograd.grad(out, batch, g.to(self.native))[0].to(g.dtype)
 
     def linear(self, base: Float[Tensor, "n_pos d_model"]) -> Float[Tensor, "n_pos d_model"]:
-        """Apply the path: a Jacobian-vector product, as the derivative of the vector-Jacobian product."""
+        """Apply the path."""
         return self._push(self.ln2.apply_output(base))
 
     def _push(self, tangent: Float[Tensor, "n_pos d_model"]) -> Float[Tensor, "n_pos d_model"]:
-        points = (m for m in self.module.modules() if hasattr(m, "fwd_hooks"))
-        with torch.inference_mode(False), torch.enable_grad(), preserved_rng(), suspended(points):
-            x = self.input[None].to(self.native).clone().requires_grad_()
-            out = self.module(x)
-            out = out[0] if isinstance(out, tuple) else out
-            dual = torch.zeros_like(out, requires_grad=True)
-            pulled = torch.autograd.grad(out, x, dual, create_graph=True)[0]
-            seed = tangent[None].to(self.native)
-            pushed = torch.autograd.grad(pulled, dual, seed, create_graph=tangent.requires_grad)[0][0]
-        pushed = pushed.to(tangent.dtype)
+        pushed = LinearMlp(self.module, self.input).push(tangent[None])[0]
         return pushed if self.post is None else self.post.apply_output(pushed)
 
     def norm_bias(self) -> Float[Tensor, "n_pos d_model"]:
@@ -149,7 +174,8 @@ class JacobianPath:
     def adjoint(self, g: Float[Tensor, "*target d_model"], where: Where) -> Float[Tensor, "*target d_model"]:
         """Pull a gradient at the MLP branch's output back to the residual stream that enters it."""
         g = g if self.post is None else self.post.adjoint_output(g, where)
+        local = LinearMlp(self.module, self.input[where] if isinstance(where, slice) else self.input[where : where + 1])
         batched = g.transpose(0, 1) if isinstance(where, slice) else g[:, None]
-        pulled = self._vjp(batched, where)
+        pulled = local.pull(batched)
         pulled = pulled.transpose(0, 1) if isinstance(where, slice) else pulled[:, 0]
         return self.ln2.adjoint_output(pulled, where)

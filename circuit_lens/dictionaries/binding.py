@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from circuit_lens.dictionaries.adapt import adapt, expand
 from circuit_lens.dictionaries.points import (
     Place,
     Read,
@@ -15,7 +16,6 @@ from circuit_lens.dictionaries.points import (
     read_kind,
     write_kind,
 )
-from circuit_lens.dictionaries.adapt import adapt, expand
 from circuit_lens.dictionaries.saelens import fingerprint
 from circuit_lens.errors import DictionaryError, HookError, nearest
 from circuit_lens.hooks import has_hook
@@ -79,6 +79,27 @@ def bind(model: HookedModel, dictionaries: Iterable[Any] | Any) -> Binding:
 def reads_where_it_writes(dictionary: Dictionary) -> bool:
     """Whether a dictionary is an autoencoder."""
     return dictionary.hook_in in dictionary.hooks_out
+
+
+def read_rank(dictionary: Dictionary) -> int:
+    """Return where a dictionary reads, as one number in the order of computing."""
+    return read_kind(dictionary.hook_in).place.at(dictionary.layer)
+
+
+def write_rank(dictionary: Dictionary) -> int:
+    """Return where a dictionary writes first: what it writes reaches what is read at a higher rank."""
+    writes = zip(dictionary.out_layers, dictionary.hooks_out, strict=True)
+    return min(write_kind(hook).place.at(layer) for layer, hook in writes)
+
+
+def layers_of_mlps(dictionaries: Iterable[Dictionary]) -> frozenset[int]:
+    """Return the layers whose MLP some dictionary stands for."""
+    return frozenset(
+        layer
+        for d in dictionaries
+        for layer, hook in zip(d.out_layers, d.hooks_out, strict=True)
+        if write_kind(hook).of_mlp and not reads_where_it_writes(d)
+    )
 
 
 def _order(dictionary: Dictionary) -> tuple[int, Place, str]:

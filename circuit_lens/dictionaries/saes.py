@@ -1,9 +1,9 @@
 """SAELens' sparse autoencoders as Dictionaries: they read a hook point and write the same one.
 
 As with transcoders the weights are read, never copied or changed, and the arithmetic is ours: SAELens' ``encode`` keeps
-state between calls where heads are flattened, and casts inputs to the module's configured dtype. That both agree is part
-of the tests. Standard (Bricken et al. 2023), gated (Rajamanoharan et al. 2024a), JumpReLU (2024b), TopK (Gao et al. 2024)
-and AbsTopK autoencoders.
+state between calls where heads are flattened, and casts inputs to the module's configured dtype. That both agree is
+part of the tests. Standard (Bricken et al. 2023), gated (Rajamanoharan et al. 2024a), JumpReLU (2024b), TopK (Gao et
+al. 2024) and AbsTopK autoencoders.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ class SaelensSae:
     """A SAELens autoencoder at a hook point of the residual stream, of attention, or at the MLP's output.
 
     ``pre = (x - b_dec) @ W_enc + b_enc`` (``b_dec`` where the configuration applies it to the input), and the
-    reconstruction is ``acts @ W_dec + b_dec``. TopK keeps the ``k`` largest pre-activations that are positive, AbsTopK the
-    ``k`` largest by absolute value, signs kept; both scale by decoder norms where the configuration does, as
+    reconstruction is ``acts @ W_dec + b_dec``. TopK keeps the ``k`` largest pre-activations that are positive, AbsTopK
+    the ``k`` largest by absolute value, signs kept; both scale by decoder norms where the configuration does, as
     ``fold_W_dec_norm`` would. A gated autoencoder's gate is a mask: its pre-activation is the magnitude's,
     ``exp(r_mag) * (x' @ W_enc) + b_mag``. At ``attn.hook_z`` heads are laid side by side.
 
@@ -82,7 +82,7 @@ class SaelensSae:
     def _check_shapes(self) -> None:
         shapes = {"W_dec": (self.d_sae, self.d_in), "b_dec": (self.d_in,)}
         per_feature = {"gated": ("b_gate", "r_mag", "b_mag"), "jumprelu": ("b_enc", "threshold")}
-        shapes |= {name: (self.d_sae,) for name in per_feature.get(self.kind, ("b_enc",))}
+        shapes |= dict.fromkeys(per_feature.get(self.kind, ("b_enc",)), (self.d_sae,))
         for name, shape in shapes.items():
             weight = getattr(self.module, name, None)
             if weight is None or tuple(weight.shape) != shape:
@@ -215,6 +215,6 @@ def _refuse_settings(module: Any, kind: Write) -> None:
     reshape = getattr(module.cfg, "reshape_activations", "none")
     if reshape not in (None, "none", "hook_z") or (reshape == "hook_z" and kind is not Write.HEADS):
         raise DictionaryError(
-            f"reshape_activations={reshape!r} does not fit an SAE at {module.cfg.metadata.hook_name!r}: 'hook_z' is for "
-            "attn.hook_z, 'none' for all others"
+            f"reshape_activations={reshape!r} does not fit an SAE at {module.cfg.metadata.hook_name!r}: 'hook_z' is "
+            "for attn.hook_z, 'none' for all others"
         )

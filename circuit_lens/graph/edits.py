@@ -110,19 +110,21 @@ class Intervention:
 
 @dataclass(frozen=True)
 class ErrorNode(Editable):
-    """What a layer's dictionaries miss of the MLP output, at one position.
+    """What dictionaries miss of what they stand for, at one position.
 
     Attributes:
-        layer: Layer of the MLP output.
+        layer: Layer of the MLP output, or of where an SAE stands.
         pos: Position, or the string of one token.
+        site: The hook, where dictionaries stand at several of the layer.
     """
 
     layer: int
     pos: Position
+    site: str | None = None
 
     def __str__(self) -> str:
         where = f"P{self.pos}" if isinstance(self.pos, int) else repr(self.pos)
-        return f"L{self.layer} {where} error"
+        return f"L{self.layer} {where} error" + ("" if self.site is None else f" ({self.site})")
 
 
 @dataclass(frozen=True, eq=False)

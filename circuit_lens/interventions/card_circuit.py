@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from circuit_lens.dictionaries.binding import read_rank
 from circuit_lens.graph.card_tables import Figure
 from circuit_lens.graph.statistics import NAN, average_precision, spearman
 from circuit_lens.interventions.edits import pack, rows_of
@@ -33,7 +34,7 @@ def gaps(study: Study) -> dict[str, Figure]:
     holds = {
         "attention": Hold(attention=True),
         "norms": Hold(norms=True),
-        "errors": Hold(mlp=frozenset(range(study.n_layers)), skip=True, recompute=True),
+        "errors": Hold(mlp=study.closed, skip=True, recompute=True, sites=True),
         "both": Hold(attention=True, norms=True),
     }
     for name, hold in holds.items():
@@ -139,7 +140,7 @@ def flips(study: Study) -> dict[str, Figure]:
     size = max(1, min(FLIP_NUMBERS // max(1, each), rows_at_once(study.recording)))
     for start in range(0, n, size):
         stop = min(start + size, n)
-        said, real = runs.both(start, stop, [linear_hold(study.n_layers), LIVE])
+        said, real = runs.both(start, stop, [linear_hold(study.n_layers, linear=study.linear), LIVE])
         for d in dictionaries:
             for kind, part in _switched(study, d, said[d.site], real[d.site], runs.sources[start:stop], rng):
                 found[kind].append(replace(part, run=part.run + start))
@@ -180,8 +181,8 @@ def _switched(
     rng: torch.Generator,
 ) -> Iterator[tuple[str, Switched]]:
     """Yield the features of one dictionary that can feel the sources: those that were off, and those that were on."""
-    layer, pos = (torch.as_tensor(x[sources]) for x in (study.active.layer, study.active.pos))
-    feel = (layer < d.layer)[:, None] & (torch.arange(study.recording.n_pos) >= pos[:, None])
+    write, pos = (torch.as_tensor(x[sources]) for x in (study.active.write, study.active.pos))
+    feel = (write < read_rank(d))[:, None] & (torch.arange(study.recording.n_pos) >= pos[:, None])
     feel = feel.to(said[0].device)
     run = torch.arange(len(sources), device=feel.device)[:, None, None].expand(said[0].shape)[feel]
     thresholds = d.thresholds()

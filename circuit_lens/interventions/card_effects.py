@@ -47,8 +47,9 @@ def _node_predictions(study: Study) -> dict[str, Float[np.ndarray, "n"]]:
 
     def gradient(*, attention: bool, norms: bool, errors: bool) -> Float[np.ndarray, "n"]:
         tape = Tape(
-            study.recording.binding, study.recording.tokens[None], Live(attention=attention, norms=norms, errors=errors)
-        )
+            study.recording.binding, study.recording.tokens[None],
+            Live(attention=attention, norms=norms, errors=errors, mlps=bool(study.linear)),
+        )  # fmt: skip
         return study.at_sources(tape.of_logits(lambda logits: study.read.of(logits[0]))) * delta
 
     return {

@@ -10,19 +10,19 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from circuit_lens.dictionaries.points import parse_hook
+from circuit_lens.dictionaries.binding import read_rank
+from circuit_lens.dictionaries.points import Place, parse_hook
 from circuit_lens.graph.nodes import Feature
 from circuit_lens.interventions.recording import Recording
 from circuit_lens.interventions.resolve import Wanted
 
-# The order in which a block computes the places that can be changed; features and errors read with the MLP.
+# Where directions are changed: before an autoencoder at the same hook, but behind what else is written there.
 _ORDER = {
-    "hook_resid_pre": 0,
-    "hook_attn_out": 1,
-    "hook_resid_mid": 2,
-    "mlp": 3,
-    "hook_mlp_out": 4,
-    "hook_resid_post": 5,
+    "hook_resid_pre": Place.PRE_EDIT,
+    "hook_attn_out": Place.ATTENTION,
+    "hook_resid_mid": Place.MID_EDIT,
+    "hook_mlp_out": Place.MLP_OUT_READ,
+    "hook_resid_post": Place.POST_EDIT,
 }
 
 
@@ -95,7 +95,7 @@ class _Entry:
     index: int
     base: float
     factor: float
-    order: tuple[int, int]
+    order: int
     vector: Tensor | None = None
 
 
@@ -104,27 +104,29 @@ class _Table:
 
     def __init__(self, recording: Recording) -> None:
         self.recording = recording
-        self.layers = {d.site: d.layer for d in recording.binding.dictionaries}
+        self.order = {d.site: read_rank(d) for d in recording.binding.dictionaries}
         self.features: dict[str, list[_Entry]] = {}
         self.errors: dict[str, list[_Entry]] = {}
         self.directions: dict[str, list[_Entry]] = {}
 
     def add_feature(self, row: int, site: str, pos: int, index: int, base: float, factor: float = 0.0) -> None:
-        entry = _Entry(row, pos, index, base, factor, (self.layers[site], _ORDER["mlp"]))
+        entry = _Entry(row, pos, index, base, factor, self.order[site])
         self.features.setdefault(site, []).append(entry)
 
     def add_error(self, row: int, hook: str, pos: int, vector: Tensor) -> None:
-        order = (parse_hook(hook).layer, _ORDER["mlp"])
+        # The error is known once everything it is the error of has been read.
+        writers = [d for d in self.recording.binding.dictionaries if hook in d.hooks_out]
+        order = max((read_rank(d) for d in writers), default=Place.MLP_READ.at(parse_hook(hook).layer))
         self.errors.setdefault(hook, []).append(_Entry(row, pos, -1, 0.0, 0.0, order, vector))
 
     def add_direction(self, row: int, hook: str, pos: int, vector: Tensor, base: float, factor: float = 0.0) -> None:
         point = parse_hook(hook)
-        entry = _Entry(row, pos, -1, base, factor, (point.layer, _ORDER[point.suffix]), vector)
+        entry = _Entry(row, pos, -1, base, factor, _ORDER[point.suffix].at(point.layer), vector)
         self.directions.setdefault(hook, []).append(entry)
 
     def finish(self, n_rows: int) -> Edits:
         every = [e for kind in (self.features, self.errors, self.directions) for es in kind.values() for e in es]
-        first: dict[int, tuple[int, int]] = {}
+        first: dict[int, int] = {}
         for entry in every:
             first[entry.row] = min(first.get(entry.row, entry.order), entry.order)
         device = self.recording.tokens.device

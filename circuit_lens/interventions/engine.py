@@ -16,10 +16,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from circuit_lens.attribution.mlp_paths import LinearMlp
 from circuit_lens.dictionaries.attach import refuse_attached
+from circuit_lens.dictionaries.binding import reads_where_it_writes
+from circuit_lens.dictionaries.points import write_kind
 from circuit_lens.dictionaries.taps import read_place, reading, write_place, writing
 from circuit_lens.errors import HookError
-from circuit_lens.hooks import Hook, mlp_in_enabled
+from circuit_lens.hooks import Hook, around_forward, mlp_in_enabled, pinned_hook
 from circuit_lens.interventions.edits import Edits, FeatureEdits, VectorEdits
 from circuit_lens.interventions.recording import (
     ATTENTION,
@@ -52,6 +55,8 @@ class Hold:
         recompute: In those layers, all features follow what is read, nonlinearly, and only what the dictionaries miss
             is clean: ``clean + decode(acts now) - decode(acts clean)``. With ``skip`` this is the replacement model
             with the clean run's errors. Excludes ``react``.
+        sites: What comes by where autoencoders stand is held as MLP outputs are.
+        linear: Layers whose MLP, for which no dictionary stands, is its clean output plus its Jacobian on the change.
     """
 
     attention: bool = False
@@ -60,6 +65,8 @@ class Hold:
     skip: bool = False
     react: bool = False
     recompute: bool = False
+    sites: bool = False
+    linear: frozenset[int] = frozenset()
 
 
 def hold_of(freeze: str, layers: tuple[int, int] | None, n_layers: int) -> Hold:
@@ -81,7 +88,7 @@ def hold_of(freeze: str, layers: tuple[int, int] | None, n_layers: int) -> Hold:
             raise ValueError(f"layers={layers!r} is not valid; give (first, last), both from 0 to {n_layers - 1}")
         held = frozenset(range(layers[0], layers[1] + 1))
     if freeze == "all":
-        return Hold(attention=True, norms=True, mlp=frozenset(range(n_layers)), skip=True)
+        return Hold(attention=True, norms=True, mlp=frozenset(range(n_layers)), skip=True, sites=True)
     return Hold(attention=freeze == "attention", mlp=held)
 
 
@@ -128,6 +135,7 @@ class Changed:
         self._old: dict[str, Tensor] = {}
         self._reactors: dict[str, _Reactor] = {}
         self._fired: set[str] = set()
+        self._mlp_inputs: dict[int, Tensor] = {}
 
     @contextlib.contextmanager
     def scope(self) -> Iterator[list[Hook]]:
@@ -144,6 +152,12 @@ class Changed:
             for d in self.binding.dictionaries:
                 if self._is_read(d):
                     stack.enter_context(reading(read_place(self.model, table, d), self._see(d)))
+            for layer in sorted(self.hold.linear):
+                self._linearise(stack, layer, table)
+            for name in self._behind_held_mlps():
+                value = self.recording.outputs[name]
+                hold = pinned_hook(table[name], lambda live, value=value: value.expand_as(live), last=False)
+                stack.enter_context(hold)
             for name in self.hooks:
                 if self._is_written(name):
                     stack.enter_context(
@@ -170,7 +184,41 @@ class Changed:
 
     def _is_written(self, name: str) -> bool:
         changed = any(name in d.hooks_out and d.site in self.edits.features for d in self.binding.dictionaries)
-        return changed or name in self.edits.errors or self.hooks[name] in self.hold.mlp
+        return changed or name in self.edits.errors or self._holds(name)
+
+    def _holds(self, name: str) -> bool:
+        """Whether what comes by at a write hook is held."""
+        if any(d.hook_in == name for d in self.binding.dictionaries):
+            return self.hold.sites
+        layer = self.hooks[name]
+        return layer in self.hold.mlp and layer not in self.hold.linear
+
+    def _behind_held_mlps(self) -> list[str]:
+        """Return the hooks of MLP outputs that are held although an autoencoder reads there and writes behind it."""
+        hooks = [d.hook_in for d in self.binding.dictionaries if d.hook_in in d.hooks_out]
+        held = self.hold.mlp - self.hold.linear
+        return [name for name in hooks if write_kind(name).of_mlp and self.hooks[name] in held]
+
+    def _is_held(self, d: Dictionary) -> bool:
+        """Whether a dictionary's features are held at their clean values, or react in a held model."""
+        return self.hold.sites if reads_where_it_writes(d) else d.layer in self.hold.mlp
+
+    def _linearise(self, stack: contextlib.ExitStack, layer: int, table: Mapping[str, Any]) -> None:
+        """Let a layer's MLP give its clean output plus its Jacobian on the change of its input."""
+        module, clean = self.model.blocks[layer].mlp, self.recording.mlp_inputs[layer]
+        mlp = LinearMlp(module, clean)
+        point = table.get(f"blocks.{layer}.mlp.hook_out")
+        inside = point is not None and any(point is part for part in module.modules())
+
+        def edit(live: Any) -> Any:
+            x = self._mlp_inputs[layer]
+            new = (mlp.out + mlp.push((x - clean).to(clean))).to(x)
+            return (new, *live[1:]) if isinstance(live, tuple) else new
+
+        stack.enter_context(
+            around_forward(module, before=lambda args: self._mlp_inputs.__setitem__(layer, args[0].detach()))
+        )
+        stack.enter_context(pinned_hook(point if inside else module, edit, last=False))
 
     def _held(self) -> list[Hook]:
         names = []
@@ -220,7 +268,7 @@ class Changed:
     def _acts(
         self, d: Dictionary, pre: Float[Tensor, "n_rows n_pos d_sae"], x: Float[Tensor, "n_rows n_pos d_in"]
     ) -> Float[Tensor, "n_rows n_pos d_sae"]:
-        if not (self.hold.react and d.layer in self.hold.mlp):
+        if not (self.hold.react and self._is_held(d)):
             return d.activate(pre, x)
         clean = self.recording.acts(d).to(pre)
         return torch.where(clean != 0, clean + (pre - self.recording.pre_acts(d).to(pre)), 0.0)
@@ -230,7 +278,7 @@ class Changed:
         in_prompt = e.pos < self.recording.n_pos
         old = x.new_zeros(len(e.pos))
         old[in_prompt] = self.recording.acts(d)[e.pos[in_prompt], e.index[in_prompt]].to(x)
-        held = d.layer in self.hold.mlp and not self.hold.recompute
+        held = self._is_held(d) and not self.hold.recompute
         if held and self.hold.react:
             return old + self._reactor(d).changes(x, e)
         moved = (~e.clean | ~in_prompt).nonzero()[:, 0]
@@ -256,11 +304,11 @@ class Changed:
     # Writing
 
     def _write(self, name: str) -> Callable[[Tensor], Tensor]:
-        layer, writers = self.hooks[name], [d for d in self.binding.dictionaries if name in d.hooks_out]
+        writers = [d for d in self.binding.dictionaries if name in d.hooks_out]
 
         def edit(live: Tensor) -> Tensor:
             self._fired.add(name)
-            out = self._held_output(name, live, writers) if layer in self.hold.mlp else live.clone()
+            out = self._held_output(name, live, writers) if self._holds(name) else live.clone()
             for d in writers:
                 if (e := self.edits.features.get(d.site)) is not None:
                     old = self._old[d.site]
@@ -300,7 +348,7 @@ class Changed:
     def _old_errors(self, name: str, live: Tensor, e: VectorEdits) -> Float[Tensor, "n d_out"]:
         old = self.recording.error(name)[e.pos].to(e.vectors)
         moved = (~e.clean).nonzero()[:, 0]
-        if self.hooks[name] in self.hold.mlp or not len(moved):
+        if self._holds(name) or not len(moved):
             return old
         row, pos = e.row[moved], e.pos[moved] - self.start
         at = e.pos[moved]

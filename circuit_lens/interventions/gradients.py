@@ -20,7 +20,7 @@ from circuit_lens.dictionaries.attach import attached
 from circuit_lens.dictionaries.binding import Binding
 from circuit_lens.errors import TargetError
 from circuit_lens.hooks import Hook
-from circuit_lens.interventions.recording import ATTENTION, held_names
+from circuit_lens.interventions.recording import ATTENTION, held_names, open_mlps
 from circuit_lens.running import forward_batch
 
 Scalar = Callable[[Float[Tensor, "batch n_pos d_vocab"]], Tensor]
@@ -28,11 +28,15 @@ Scalar = Callable[[Float[Tensor, "batch n_pos d_vocab"]], Tensor]
 
 @dataclass(frozen=True)
 class Live:
-    """What reacts when the gradient is taken; whatever does not is a constant of the run."""
+    """What reacts when the gradient is taken; whatever does not is a constant of the run.
+
+    ``mlps``: MLPs without dictionary react even where errors do not (``mlp="jacobian"`` of a graph).
+    """
 
     attention: bool = True
     norms: bool = True
     errors: bool = True
+    mlps: bool = False
 
 
 class Tape:
@@ -74,10 +78,8 @@ class Tape:
         for name in held_names(self.binding.model):
             if not (self.live.attention if name.endswith(ATTENTION) else self.live.norms):
                 hooks.append(Hook(name, lambda x: x.detach()))
-        if not self.live.errors:  # a layer without dictionary is all error
-            covered = {layer for d in self.binding.dictionaries for layer in d.out_layers}
-            rest = set(range(self.binding.model.cfg.n_layers)) - covered
-            hooks += [Hook(f"blocks.{i}.hook_mlp_out", lambda x: x.detach()) for i in sorted(rest)]
+        if not self.live.errors and not self.live.mlps:  # an MLP without dictionary is all error
+            hooks += [Hook(f"blocks.{i}.hook_mlp_out", lambda x: x.detach()) for i in open_mlps(self.binding)]
         return hooks
 
     def _leaf(self, features: Tensor, site: str) -> Tensor:

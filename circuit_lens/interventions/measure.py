@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from circuit_lens.dictionaries.binding import read_rank, write_rank
 from circuit_lens.graph.nodes import Feature
 from circuit_lens.interventions.edits import Edits, rows_of, single_features
 from circuit_lens.interventions.engine import Changed, Hold
@@ -23,9 +24,10 @@ from circuit_lens.running import plain_tensors
 LIVE = Hold()
 
 
-def linear_hold(n_layers: int) -> Hold:
-    """Hold all that a graph holds: its features react linearly, and nothing else does."""
-    return Hold(attention=True, norms=True, mlp=frozenset(range(n_layers)), skip=True, react=True)
+def linear_hold(n_layers: int, *, linear: frozenset[int] = frozenset()) -> Hold:
+    """Hold all that a graph holds: its features react linearly, and so do the MLPs of the layers in ``linear``."""
+    mlp = frozenset(range(n_layers))
+    return Hold(attention=True, norms=True, mlp=mlp, skip=True, react=True, sites=True, linear=linear)
 
 
 def parts(n_runs: int, recording: Recording) -> list[tuple[int, int]]:
@@ -41,12 +43,15 @@ class Active:
     Attributes:
         features: Where they are.
         layer, pos: Layer (of reading) and position.
+        read, write: Where the feature reads, and where it writes first, in the order of computing.
         act, pre_act: On the clean run.
     """
 
     features: tuple[Feature, ...]
     layer: Int[np.ndarray, "n_active"]
     pos: Int[np.ndarray, "n_active"]
+    read: Int[np.ndarray, "n_active"]
+    write: Int[np.ndarray, "n_active"]
     act: Float[np.ndarray, "n_active"]
     pre_act: Float[np.ndarray, "n_active"]
 
@@ -58,7 +63,9 @@ class Active:
         act = torch.cat([a[a != 0] for a, _ in parts]) if parts else recording.logits.new_zeros(0)
         pre = torch.cat([p[a != 0] for a, p in parts]) if parts else recording.logits.new_zeros(0)
         layer, pos = np.array([f.layer for f in features], int), np.array([int(f.pos) for f in features], int)
-        return cls(features, layer, pos, act.double().cpu().numpy(), pre.double().cpu().numpy())
+        ranks = {d.site: (read_rank(d), write_rank(d)) for d in recording.binding.dictionaries}
+        read, write = (np.array([ranks[str(f.site)][i] for f in features], int) for i in (0, 1))
+        return cls(features, layer, pos, read, write, act.double().cpu().numpy(), pre.double().cpu().numpy())
 
     @cached_property
     def column(self) -> dict[Feature, int]:
@@ -66,8 +73,8 @@ class Active:
         return {feature: i for i, feature in enumerate(self.features)}
 
     def downstream(self, sources: Int[np.ndarray, "n"]) -> Bool[np.ndarray, "n n_active"]:
-        """Return which features can feel which sources: those of later layers, at their position or behind it."""
-        later = self.layer[None, :] > self.layer[sources][:, None]
+        """Return which features can feel which sources: those that read later, at their position or behind it."""
+        later = self.read[None, :] > self.write[sources][:, None]
         return later & (self.pos[None, :] >= self.pos[sources][:, None])
 
 

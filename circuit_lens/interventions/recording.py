@@ -13,13 +13,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from circuit_lens.dictionaries.attach import refuse_attached
-from circuit_lens.dictionaries.binding import Binding
-from circuit_lens.dictionaries.points import parse_hook
+from circuit_lens.dictionaries.binding import Binding, layers_of_mlps
+from circuit_lens.dictionaries.points import parse_hook, write_kind
 from circuit_lens.dictionaries.taps import read_place, reading, write_place, writing
 from circuit_lens.errors import HookError
 from circuit_lens.graph.nodes import Feature
 from circuit_lens.graph.positions import find_position
-from circuit_lens.hooks import Hook, mlp_in_enabled
+from circuit_lens.hooks import Hook, around_forward, mlp_in_enabled
 from circuit_lens.protocols import Dictionary, HookedModel
 from circuit_lens.running import Prompt, forward, plain_tensors, require_finite, to_tokens, token_strings
 
@@ -28,12 +28,18 @@ ATTENTION = ("attn.hook_q", "attn.hook_k", "attn.hook_pattern")
 
 
 def write_hooks(binding: Binding) -> dict[str, int]:
-    """Return each hook at which MLP outputs are held or changed, with its layer: where a dictionary writes, or the
-    layer's ``hook_mlp_out``."""
+    """Return each hook at which something is held or changed, with its layer, in the order of computing: where a
+    dictionary writes, and the ``hook_mlp_out`` of layers whose MLP output none does."""
     written = {hook: parse_hook(hook).layer for d in binding.dictionaries for hook in d.hooks_out}
-    covered = set(written.values())
+    covered = {layer for hook, layer in written.items() if write_kind(hook).of_mlp}
     rest = {f"blocks.{i}.hook_mlp_out": i for i in range(binding.model.cfg.n_layers) if i not in covered}
-    return dict(sorted((written | rest).items(), key=lambda item: item[1]))
+    return dict(sorted((written | rest).items(), key=lambda item: write_kind(item[0]).place.at(item[1])))
+
+
+def open_mlps(binding: Binding) -> list[int]:
+    """Return the layers whose MLP no dictionary stands for."""
+    covered = layers_of_mlps(binding.dictionaries)
+    return [layer for layer in range(binding.model.cfg.n_layers) if layer not in covered]
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,7 +52,9 @@ class Recording:
         prompt: It as text, where it was text.
         logits: The model's logits.
         inputs: What each dictionary read, by site, in the dtype of its arithmetic (float32 at least).
-        outputs: What each MLP wrote, by the hook that it is held or changed at; in the model's dtype.
+        outputs: What each MLP wrote, and what came by where an autoencoder stands (heads side by side), by the hook
+            that it is held or changed at; in the model's dtype.
+        mlp_inputs: What MLPs read whose output no dictionary stands for, by layer.
         values: Other hooks by name, with a batch axis of one: queries, keys, patterns, norm denominators, and what was
             asked for.
         fwd_hooks: Temporary hooks of the user that the run had; runs from this recording have them too.
@@ -59,6 +67,7 @@ class Recording:
     inputs: Mapping[str, Float[Tensor, "n_pos d_in"]]
     outputs: Mapping[str, Float[Tensor, "n_pos d_out"]]
     values: Mapping[str, Tensor]
+    mlp_inputs: Mapping[int, Float[Tensor, "n_pos d_model"]] = field(default_factory=dict)
     fwd_hooks: tuple[tuple[Any, Any], ...] = ()
     _found: dict[tuple[str, str], Tensor] = field(default_factory=dict, repr=False)
 
@@ -168,12 +177,16 @@ def record(
     values: dict[str, Tensor] = {}
     inputs: dict[str, Tensor] = {}
     outputs: dict[str, Tensor] = {}
+    mlp_inputs: dict[int, Tensor] = {}
 
     def keep(name: str) -> Hook:
         return Hook(name, lambda value: values.__setitem__(name, value.detach().clone()))
 
     def see(site: str) -> Any:
         return lambda x: inputs.__setitem__(site, as_read(x)[0])
+
+    def entered(layer: int) -> Any:
+        return lambda args: mlp_inputs.__setitem__(layer, args[0].detach().clone()[0])
 
     def seen(hook: str) -> Any:
         return lambda out: outputs.__setitem__(hook, out.detach().clone()[0])
@@ -184,6 +197,8 @@ def record(
         stack.enter_context(mlp_in_enabled(model, [d.hook_in for d in binding.dictionaries]))
         for d in binding.dictionaries:
             stack.enter_context(reading(read_place(model, table, d), see(d.site)))
+        for layer in open_mlps(binding):
+            stack.enter_context(around_forward(model.blocks[layer].mlp, before=entered(layer)))
         for name in names:
             stack.enter_context(writing(write_place(model, table, name, binding.dictionaries), seen(name)))
         logits = forward(model, tokens, hooks=hooks, fwd_hooks=fwd_hooks)
@@ -192,7 +207,7 @@ def record(
     if silent:
         raise HookError(f"hook point(s) that never fired: {', '.join(silent)}: the architecture bypasses them")
     text = prompt if isinstance(prompt, str) else None
-    return Recording(binding, tokens, text, logits, inputs, outputs, values, tuple(fwd_hooks))
+    return Recording(binding, tokens, text, logits, inputs, outputs, values, mlp_inputs, tuple(fwd_hooks))
 
 
 def as_read(x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_in"]:

@@ -66,7 +66,7 @@ class Resolver:
     def __init__(self, recording: Recording, *, generating: bool = False) -> None:
         self.recording, self.binding, self.generating = recording, recording.binding, generating
         self._donors: dict[Any, list[Recording]] = {}
-        self._hooks = {layer: hook for hook, layer in write_hooks(self.binding).items()}
+        self._hooks = write_hooks(self.binding)
         self._seen: dict[Place, tuple[Intervention, Any]] = {}
 
     def resolve(self, interventions: Iterable[Intervention] | Intervention) -> Wanted:
@@ -208,9 +208,7 @@ class Resolver:
     # Errors and directions
 
     def _error(self, wanted: Wanted, one: Intervention, target: ErrorNode) -> None:
-        if target.layer not in self._hooks:
-            raise InterventionError(f"there is no layer {target.layer}; layers are 0..{max(self._hooks)}")
-        hook = self._hooks[target.layer]
+        hook = self._error_hook(target)
         positions, open_end = self.positions(one.pos if one.pos is not None else target.pos)
         if open_end:
             raise InterventionError(f"{target} does not exist in generated positions; name positions of the prompt")
@@ -223,6 +221,19 @@ class Resolver:
                 vector = one.value * torch.stack(found).mean(0)
             self._note(one, (hook, pos, -1), tuple(vector.tolist()))
             wanted.errors.setdefault(hook, {})[pos] = vector
+
+    def _error_hook(self, target: ErrorNode) -> str:
+        found = [hook for hook, layer in self._hooks.items() if layer == target.layer]
+        if not found:
+            raise InterventionError(f"there is no layer {target.layer}; layers are 0..{max(self._hooks.values())}")
+        if target.site is not None:
+            if target.site in found:
+                return target.site
+            raise InterventionError(f"{target}: no dictionary writes there; in this layer: {', '.join(found)}")
+        written = [hook for hook in found if any(hook in d.hooks_out for d in self.binding.dictionaries)]
+        if len(written) > 1:
+            raise InterventionError(f"{target}: dictionaries stand at several hooks; name one with site=: {written}")
+        return written[0] if written else found[0]
 
     def _direction(self, wanted: Wanted, one: Intervention, target: Direction) -> None:
         hook = f"blocks.{target.layer}.{target.hook}"

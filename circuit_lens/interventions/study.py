@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from circuit_lens.dictionaries.points import Place
 from circuit_lens.errors import ConsistencyError, InterventionError
 from circuit_lens.graph.card_tables import Figure
 from circuit_lens.graph.effects import spread
@@ -19,7 +20,7 @@ from circuit_lens.graph.nodes import Feature
 from circuit_lens.graph.statistics import NAN, bootstrap, bootstrap_pairs, r_squared, sign_accuracy, spearman
 from circuit_lens.interventions.measure import LIVE, Ablations, Active
 from circuit_lens.interventions.readout import Readout
-from circuit_lens.interventions.recording import Recording, record
+from circuit_lens.interventions.recording import Recording, open_mlps, record
 from circuit_lens.running import Prompt
 
 Ablation = Literal["zero", "mean", "resample"]
@@ -74,6 +75,8 @@ class Study:
     """One graph and the live model's answers.
 
     Attributes:
+        linear: Layers whose MLP, for which no dictionary stands, the graph has as its Jacobian.
+        closed: The other layers, whose MLP outputs are features and errors.
         active: The features active on the prompt; columns of what is measured.
         node_of: The graph's node of each, -1 where it has none.
         sources: Which of them are ablated; rows of what is measured.
@@ -94,6 +97,9 @@ class Study:
     ) -> None:
         self.recording, self.graph, self.read, self.settings = recording, graph, read, settings
         self.n_layers = recording.binding.model.cfg.n_layers
+        jacobian = graph.manifest.get("settings", {}).get("mlp") == "jacobian"
+        self.linear = frozenset(open_mlps(recording.binding)) if jacobian else frozenset()
+        self.closed = frozenset(range(self.n_layers)) - self.linear
         self.rng = np.random.default_rng(settings.seed)
         self.active = Active.of(recording)
         self.node_of = nodes_of(graph, self.active)
@@ -162,9 +168,7 @@ class Study:
         The others have no effect whatever a predictor says, and ranking them right would be no merit.
         """
         positions = np.array(self.read.positions)
-        dictionary = self.recording.binding.dictionary
-        first = {f.site: min(dictionary(f.layer, f.site).out_layers) for f in self.active.features}
-        moves_on = np.array([first[f.site] < self.n_layers - 1 for f in self.active.features], bool)
+        moves_on = self.active.write < Place.HEADS.at(self.n_layers - 1)
         return np.isin(self.active.pos, positions) | (moves_on & (self.active.pos < positions.max()))
 
     def _from_graph(self) -> tuple[Float[np.ndarray, "n n_active"], Float[np.ndarray, "n n_active"]]:
