@@ -123,12 +123,12 @@ class _Set:
         """Take a batch: what is active, and how far the joint reconstructions are from the outputs."""
         totals: dict[str, Tensor] = {}
         for d in self.dictionaries:
-            acts, outputs = encode(d, run.inputs[d.site][counted])
+            acts, outputs = encode(d, _at(run.inputs[d.site], counted))
             self.firing[d.site].add(acts)
             for o, hook in enumerate(d.hooks_out):
                 totals[hook] = totals[hook] + outputs[:, o] if hook in totals else outputs[:, o]
         for hook, y_hat in totals.items():
-            self.fits[hook].add(run.outputs[hook][counted], y_hat)
+            self.fits[hook].add(_at(run.outputs[hook], counted), y_hat)
 
 
 @dataclass(eq=False)
@@ -182,9 +182,9 @@ class _Work:
             _require_finite("the model's logits on the given text", run.logits)
             self.sets["own"].add(run, batch.counted)
             for hook, moments in self.moments.items():
-                moments.add(run.outputs[hook][batch.counted])
+                moments.add(_at(run.outputs[hook], batch.counted))
             for d, encoder in self._pairs():
-                encoder.observe(run.inputs[d.site][batch.counted])
+                encoder.observe(_at(run.inputs[d.site], batch.counted))
         for hook, fit in self.sets["own"].fits.items():
             writers = [str(d) for d in self.stage.dictionaries if hook in d.hooks_out]
             _require_finite(f"the output of {' and '.join(writers)}", torch.tensor(fit.error))
@@ -197,7 +197,7 @@ class _Work:
             encoder.standardise()
         for batch, run in self._clean():
             for d, encoder in self._pairs():
-                encoder.count(run.inputs[d.site][batch.counted])
+                encoder.count(_at(run.inputs[d.site], batch.counted))
         for d, encoder in self._pairs():
             encoder.choose(int(self.sets["own"].firing[d.site].fired.sum()))
         sums = {(kind, hook): ScaleSums() for kind in self.twins for hook in self.stage.hooks}
@@ -268,7 +268,7 @@ class _Work:
                     mean=self._figures("mean", hook),
                 )
             )
-        whole = {way: self._whole(way) for way in ("own", "zero", "mean", *kinds)}
+        whole = {way: self._ratios(way, ALL) for way in ("own", "zero", "mean", *kinds)}
         cfg = self.stage.model.cfg
         return Evaluation(
             model=str(getattr(cfg, "model_name", None) or type(self.stage.model).__name__),
@@ -301,9 +301,6 @@ class _Work:
             return None
         return self._ratios(way, hook if hook in self.targets else ALL)
 
-    def _whole(self, way: str) -> RunFigures:
-        return self._ratios(way, ALL)
-
     def _ratios(self, way: str, target: str) -> RunFigures:
         added, ratio, n = f"loss {way} {target}", self.losses.ratio, {"n": 1.0}
         zero, mean = f"loss zero {target}", f"loss mean {target}"
@@ -316,6 +313,11 @@ class _Work:
         )
 
 
+def _at(values: Float[Tensor, "batch pos width"], counted: Bool[Tensor, "batch pos"]) -> Float[Tensor, "n width"]:
+    """Return what stands at the positions that count; a model may lie on several devices."""
+    return values[counted.to(values.device)]
+
+
 def _less(name: str, other: str) -> dict[str, float]:
     return {name: 1.0, other: -1.0} if name != other else {name: 0.0}
 
@@ -325,9 +327,9 @@ def _unscaled(
 ) -> dict[str, tuple[Float[Tensor, "n _width"], Float[Tensor, "n _width"]]]:
     """Return, by hook, what the twins give before scaling, and what they should reconstruct, less skip paths."""
     made: dict[str, Tensor] = {}
-    wanted = {hook: value[counted] for hook, value in run.outputs.items()}
+    wanted = {hook: _at(value, counted) for hook, value in run.outputs.items()}
     for twin in twins:
-        x = run.inputs[twin.site][counted]
+        x = _at(run.inputs[twin.site], counted)
         outputs = twin.unscaled(twin.activate(twin.pre_acts(x), x))
         for o, hook in enumerate(twin.hooks_out):
             made[hook] = made[hook] + outputs[:, o] if hook in made else outputs[:, o]

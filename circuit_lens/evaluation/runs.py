@@ -189,4 +189,4 @@ def _keeping(
         raise HookError(
             f"a dictionary gives {tuple(new.shape)} for a hook that carries {tuple(value.shape)}: it belongs elsewhere"
         )
-    return torch.where(kept[..., None], value, new.to(value))
+    return torch.where(kept.to(value.device)[..., None], value, new.to(value))
