@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from circuit_lens.dictionaries.cross_layer import CrossLayerTranscoder
 from circuit_lens.graph.graph import AttributionGraph
 from circuit_lens.graph.nodes import Feature, Node, NodeKind
 from circuit_lens.replacement_model import ReplacementModel
@@ -254,3 +255,19 @@ def test_the_users_model_comes_back_untouched(untouched):
     with untouched(rm.model):
         cases.attribute(ReplacementModel(rm.model, list(made_of.clt(made).dictionaries)), TOKENS, [5])
         rm.intervene(TOKENS, [Feature(0, 2, 1).set(1.0)])
+
+
+@pytest.mark.parametrize(("case", "layout"), [(ROUNDS[0], "saelens"), (ROUNDS[4], "circuit-tracer")], ids=str)
+def test_a_graph_from_the_disk_is_the_graph_from_memory_bit_for_bit(case, layout, tmp_path):
+    rm, made = pair(*case)
+    clt = made_of.clt(made)
+    clt.save(tmp_path / "clt", layout)
+    lazy = CrossLayerTranscoder.load(tmp_path / "clt", lazy=True)
+    graphs = [cases.attribute(rm, TOKENS, [5, 17]) for rm in (rm, ReplacementModel(rm.model, list(lazy.dictionaries)))]
+    assert cases.names(graphs[0]) == cases.names(graphs[1])
+    assert torch.equal(graphs[0].adjacency, graphs[1].adjacency)
+    assert torch.equal(graphs[0].target_bias, graphs[1].target_bias)
+    assert graphs[0].manifest["weights"] == graphs[1].manifest["weights"]
+    other = made_of.clt(made | {"b_dec": [b * 1.01 for b in made["b_dec"]]})
+    graph = cases.attribute(ReplacementModel(rm.model, list(other.dictionaries)), TOKENS, [5, 17])
+    assert not torch.equal(graphs[0].adjacency, graph.adjacency)  # control
