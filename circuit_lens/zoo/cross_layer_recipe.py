@@ -168,7 +168,7 @@ def measure_cross_layer(
     model = model_of(workshop, name, seed)
     transcoder = load_cross_layer(workshop.work / "dictionaries" / f"{name}-{seed}-{dictionary_seed}-clt")
     text = workshop.text(corpus, FIGURES_TOKENS, FIGURES_TEXT)
-    graph = ReplacementModel(model, transcoder).attribute(DALLAS_PROMPT)
+    graph = ReplacementModel(model, [transcoder]).attribute(DALLAS_PROMPT)
     return CrossLayerFigures(
         replacement_figures(model, transcoder.dictionaries, text.rows.tokens, text.rows.real),
         path_lengths(graph, DALLAS_PROMPT),
