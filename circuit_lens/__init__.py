@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from circuit_lens.attribution.targets import logit_difference as logit_difference
     from circuit_lens.attribution.targets import salient_logits as salient_logits
     from circuit_lens.attribution.targets import token_logits as token_logits
+    from circuit_lens.dictionaries.cross_layer import CrossLayerTranscoder as CrossLayerTranscoder
+    from circuit_lens.dictionaries.neurons import NeuronDictionary as NeuronDictionary
+    from circuit_lens.dictionaries.neurons import neurons as neurons
     from circuit_lens.errors import CacheError as CacheError
     from circuit_lens.errors import CircuitLensError as CircuitLensError
     from circuit_lens.errors import ConsistencyError as ConsistencyError
@@ -35,6 +38,7 @@ if TYPE_CHECKING:
     from circuit_lens.errors import TargetError as TargetError
     from circuit_lens.errors import TokenNotFoundError as TokenNotFoundError
     from circuit_lens.errors import TokensError as TokensError
+    from circuit_lens.evaluation.figures import Evaluation as Evaluation
     from circuit_lens.graph.card import ValidationCard as ValidationCard
     from circuit_lens.graph.edits import Direction as Direction
     from circuit_lens.graph.edits import ErrorNode as ErrorNode
@@ -54,6 +58,8 @@ if TYPE_CHECKING:
     from circuit_lens.interventions.plan import InterventionPlan as InterventionPlan
     from circuit_lens.interventions.study import CardSettings as CardSettings
     from circuit_lens.interventions.validation import validate_many as validate_many
+    from circuit_lens.loading.dictionaries import load_dictionaries as load_dictionaries
+    from circuit_lens.loading.pairs import load as load
     from circuit_lens.replacement_model import ReplacementModel as ReplacementModel
 
 __version__ = "0.1.0"
@@ -62,6 +68,11 @@ _HOMES = {  # module: the public names that live there
     "circuit_lens.replacement_model": ("ReplacementModel",),
     "circuit_lens.attribution.replacement": ("LocalReplacementModel",),
     "circuit_lens.attribution.targets": ("direction", "logit_difference", "salient_logits", "token_logits"),
+    "circuit_lens.dictionaries.cross_layer": ("CrossLayerTranscoder",),
+    "circuit_lens.dictionaries.neurons": ("NeuronDictionary", "neurons"),
+    "circuit_lens.evaluation.figures": ("Evaluation",),
+    "circuit_lens.loading.dictionaries": ("load_dictionaries",),
+    "circuit_lens.loading.pairs": ("load",),
     "circuit_lens.graph.graph": ("AttributionGraph",),
     "circuit_lens.graph.card": ("ValidationCard",),
     "circuit_lens.graph.edits": ("Direction", "ErrorNode", "Intervention"),

@@ -16,9 +16,12 @@ from circuit_lens.attribution.replacement import LocalReplacementModel
 from circuit_lens.attribution.settings import Engine, Settings
 from circuit_lens.attribution.values import compute_dtype, from_cache, from_prompt, needed_names
 from circuit_lens.dictionaries.attach import attached, feature_acts
-from circuit_lens.dictionaries.binding import Binding, bind
+from circuit_lens.dictionaries.binding import Binding, bind, reads_where_it_writes
 from circuit_lens.dictionaries.points import Read, read_kind
 from circuit_lens.errors import ConsistencyError
+from circuit_lens.evaluation.evaluate import evaluate
+from circuit_lens.evaluation.figures import Evaluation
+from circuit_lens.evaluation.rows import Mask, Rows
 from circuit_lens.graph.card import ValidationCard
 from circuit_lens.graph.edits import Intervention
 from circuit_lens.graph.graph import AttributionGraph
@@ -44,8 +47,9 @@ class ReplacementModel:
 
     Args:
         model: A HookedTransformer or TransformerBridge; it is never changed.
-        dictionaries: SAELens transcoders as they come, or objects that follow ``circuit_lens.protocols.Dictionary``;
-            at most one per layer. A layer without one keeps its real MLP.
+        dictionaries: SAELens transcoders and SAEs as they come, a ``CrossLayerTranscoder``, ``cl.neurons(model)``,
+            objects that follow ``circuit_lens.protocols.Dictionary``; one or several in any mixture, but no two that
+            stand for the same activation. An MLP without one stays what it is.
         label: Label of a feature by site, layer and index, copied into graphs.
 
     Raises:
@@ -72,7 +76,8 @@ class ReplacementModel:
 
     def names_filter(self) -> list[str]:
         """Return the least a cache must hold: hook names for ``model.run_with_cache(..., names_filter=...)``."""
-        return needed_names(self.binding.model)
+        sites = [d.hook_in for d in self.dictionaries if reads_where_it_writes(d)]
+        return list(dict.fromkeys([*needed_names(self.binding.model), *sites]))
 
     def local(
         self,
@@ -213,6 +218,28 @@ class ReplacementModel:
         return local.attribute(
             targets, max_features=max_features, rerank_every=rerank_every, batch_size=batch_size, progress=progress
         )
+
+    def evaluate(
+        self,
+        tokens: Rows,
+        *,
+        mask: Mask | None = None,
+        keep_special: bool = True,
+        alone: bool = True,
+        baselines: bool = True,
+        batch_size: int | None = None,
+        seed: int = 0,
+        progress: bool | None = None,
+    ) -> Evaluation:
+        """Return L0, explained variance, dead share, loss and KL of the dictionaries in place of what they stand for.
+
+        Each alone and all at once, at the hooks they write, beside zero and mean ablation and untrained dictionaries of
+        equal L0; see :func:`circuit_lens.evaluation.evaluate.evaluate`.
+        """
+        return evaluate(
+            self.binding, tokens, mask=mask, keep_special=keep_special, alone=alone, baselines=baselines,
+            batch_size=batch_size, seed=seed, progress=progress,
+        )  # fmt: skip
 
     def attached(self, *, error: bool = True) -> AbstractContextManager[Any]:
         """Put the dictionaries on the model's hook points for a ``with`` block.

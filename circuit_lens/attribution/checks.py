@@ -72,7 +72,7 @@ def _better_input(frozen: FrozenModel, f: ActiveFeatures) -> str:
         left[kind] = float((target - out).square().sum() / target.square().sum().clamp_min(1e-30))
     best = min(left, key=lambda kind: left[kind])
     own = Read.MID if read_kind(d.hook_in) is Read.RESIDUAL else read_kind(d.hook_in)
-    if left[best] > min(0.7, 0.75 * left[own]):
+    if left[own] < 1e-3 or left[best] > min(0.7, 0.75 * left[own]):
         return ""
     name = f"blocks.{layer}.{best.value}"
     return f" Reading {name!r} it explains {1 - left[best]:.0%}: set cfg.metadata.hook_name to that."

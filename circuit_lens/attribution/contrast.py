@@ -28,7 +28,7 @@ cancel.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
 from typing import Any
 
@@ -43,9 +43,10 @@ from circuit_lens.attribution.secant import Run, rows_by_definition, secant_mode
 from circuit_lens.attribution.settings import Settings
 from circuit_lens.attribution.sources import ActiveFeatures
 from circuit_lens.attribution.targets import FINAL_HOOK, Metric, Resolved, Resolver, Targets, linearise, metric_name
-from circuit_lens.errors import ConsistencyError, TargetError, TokensError
+from circuit_lens.dictionaries.binding import reads_where_it_writes
+from circuit_lens.errors import ConsistencyError, DictionaryError, TargetError, TokensError
 from circuit_lens.graph.nodes import Feature
-from circuit_lens.protocols import HookedModel
+from circuit_lens.protocols import Dictionary, HookedModel
 from circuit_lens.running import plain_tensors, token_strings
 
 _POINTS = 16  # of the quadrature along which a metric's gradient is averaged
@@ -60,6 +61,18 @@ def check_settings(settings: Settings) -> None:
                 f"{name}={value!r} cannot be used with baseline=: a contrast takes the mean of the two runs' constant "
                 f"patterns and denominators; leave it at {name}='frozen'"
             )
+
+
+def check_dictionaries(dictionaries: Iterable[Dictionary]) -> None:
+    """Raise DictionaryError for dictionaries that have no secant here: autoencoders, and neurons with a gate."""
+    for d in dictionaries:
+        if reads_where_it_writes(d):
+            reason = "an autoencoder ends the paths through its hook, which the mean of two runs does not follow"
+        elif d.tangent or getattr(d, "gated", False):
+            reason = "a gate has another value on either run, so that its neuron is not one linear row between them"
+        else:
+            continue
+        raise DictionaryError(f"{d} cannot be used with baseline=: {reason}. Make a graph of each prompt instead")
 
 
 def check_pair(model: HookedModel, tokens: Tensor, baseline: Tensor, *, same_run: bool) -> None:
@@ -98,6 +111,7 @@ class ContrastModel(LocalReplacementModel):
     """
 
     def __init__(self, clean: LocalReplacementModel, baseline: LocalReplacementModel) -> None:
+        check_dictionaries(clean.binding.dictionaries)
         for local in (clean, baseline):
             if not local.frozen.attention:
                 raise ConsistencyError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+from circuit_lens.dictionaries.cross_layer_files import ARCHITECTURE as CROSS_LAYER
 from circuit_lens.dictionaries.saelens import ARCHITECTURES as TRANSCODERS
 from circuit_lens.dictionaries.saelens import SaelensTranscoder, architecture_of
 from circuit_lens.dictionaries.saes import SaelensSae
@@ -21,8 +22,13 @@ def adapt(dictionary: Any) -> Dictionary:
     if isinstance(dictionary, Dictionary):
         return dictionary
     if hasattr(dictionary, "cfg") and hasattr(dictionary, "W_dec"):
-        if architecture_of(dictionary) in TRANSCODERS:
+        kind = architecture_of(dictionary)
+        if kind in TRANSCODERS:
             return SaelensTranscoder(dictionary)
+        if kind == CROSS_LAYER:
+            from circuit_lens.dictionaries.cross_layer_saelens import layer_of
+
+            return layer_of(dictionary)
         return SaelensSae(dictionary)
     raise DictionaryError(
         f"{type(dictionary).__name__} is no dictionary; give SAELens transcoders or SAEs (SAE.from_pretrained, "

@@ -146,6 +146,8 @@ def flips(study: Study) -> dict[str, Figure]:
                 found[kind].append(replace(part, run=part.run + start))
     figures = {}
     for kind, listed in found.items():
+        if not listed:  # no dictionary has thresholds
+            continue
         columns = {f.name: np.concatenate([getattr(part, f.name) for part in listed]) for f in fields(Switched)}
         figures |= _flip_figures(study, f"flips/{kind}", Switched(**columns), n)
     return figures
