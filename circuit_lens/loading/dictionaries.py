@@ -148,7 +148,7 @@ def _read(one: Found, files: hub.Fetched, device: Any, dtype: torch.dtype | None
         with fetching(f"the dictionary {one}", one.repository):
             module = weights.read_release(one.release, one.sae_id, None, device=device, dtype=dtype)
         module.cfg.metadata.source = f"hf:{one.repository}@{hub.HUB.commit(one.repository, one.revision)}"
-        return module
+        return _hooked(module, one.settings)
     if one.layout == "saelens":
         folder = one.folder or files.paths[one.files[0]].parent
         if one.release:
@@ -157,7 +157,7 @@ def _read(one: Found, files: hub.Fetched, device: Any, dtype: torch.dtype | None
             module = weights.read_saelens(folder, device=device, dtype=dtype)
         if one.folder is None:
             module.cfg.metadata.source = _source(one, files)
-        return module
+        return _hooked(module, one.settings)
     if one.layout == "gemma-scope-2-clt":
         clt = weights.gemma_scope_2_clt([files.paths[name] for name in one.files], one.settings, device, dtype, lazy)
         clt.metadata.update({} if one.folder else {"source": _source(one, files)})
@@ -174,6 +174,17 @@ def _read(one: Found, files: hub.Fetched, device: Any, dtype: torch.dtype | None
         tensors = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
     source = "" if one.folder else _source(one, files)
     return weights.make(tensors, settings, label=str(path), device=device, dtype=dtype, source=source)
+
+
+def _hooked(module: Any, settings: Settings) -> Any:
+    """Return a SAELens module with the hooks that were given in place of those that it names."""
+    from circuit_lens.dictionaries.points import parse_hook
+
+    metadata = module.cfg.metadata
+    for name, hook in (("hook_name", settings.hook_in), ("hook_name_out", settings.hook_out)):
+        if hook and metadata[name]:
+            metadata[name] = f"blocks.{parse_hook(metadata[name]).layer}.{hook}"
+    return module
 
 
 def _cross_layer(one: Found, files: hub.Fetched, device: Any, dtype: torch.dtype | None, lazy: bool) -> Any:

@@ -174,6 +174,14 @@ def test_hooks_that_are_given_stand_before_those_that_are_declared(tmp_path: Pat
         load_dictionaries(folder, hook_in="hook_nothing")
 
 
+def test_hooks_that_are_given_stand_before_those_of_a_saelens_folder(tmp_path: Path) -> None:
+    plt = files.write_plt(tmp_path / "plt", [raw(0), raw(1)])
+    load_dictionaries(plt, lazy=False)[1].save_model(str(tmp_path / "saelens"))
+    declared, given = (load_dictionaries(tmp_path / "saelens", **more)[0] for more in ({}, {"hook_in": "hook_mlp_in"}))
+    assert (adapt(declared).hook_in, adapt(given).hook_in) == ("blocks.1.mlp.hook_in", "blocks.1.hook_mlp_in")
+    assert adapt(given).site == adapt(declared).site
+
+
 def test_without_configuration_hooks_must_be_given(tmp_path: Path) -> None:
     folder = files.write_plt(tmp_path, [raw(0)])
     (folder / "config.yaml").unlink()
