@@ -23,6 +23,8 @@ from circuit_lens.graph.files import atomic_path
 from circuit_lens.graph.positions import join_tokens
 from circuit_lens.graph.select import NodeRef
 
+# Features of a layer's further sites are numbered from here on: viewers know a feature by its layer and number.
+_SITE_STEP = 10_000_000
 _TYPES = {
     NodeKind.FEATURE: "cross layer transcoder",  # per-layer ones too
     NodeKind.ERROR: "mlp reconstruction error",
@@ -148,6 +150,15 @@ def _one_site(graph: AttributionGraph, i: int) -> bool:
     return not graph.nodes.name(i).endswith(")")
 
 
+def _site_rank(graph: AttributionGraph, i: int) -> int:
+    """Return how many other sites of a feature's layer come before its own."""
+    if _one_site(graph, i):
+        return 0
+    nodes, f = graph.nodes, graph.nodes.n_features
+    sites = nodes.site[:f][nodes.layer[:f] == nodes.layer[i]].unique_consecutive().tolist()
+    return sites.index(int(nodes.site[i]))
+
+
 def _quoted(text: str) -> str:
     """Return a text between double quotes, with none inside, nor anything that readers take for a probability."""
     return '"' + text.replace('"', "”").replace("(p=", "(p =").replace("\n", "⏎") + '"'
@@ -160,7 +171,7 @@ def _node(graph: AttributionGraph, i: int, node_id: str) -> dict[str, Any]:
     where, token = str(node.layer), _quoted(node.token)
     number, text = -1, node.label
     if node.kind is NodeKind.FEATURE:
-        number = cantor(node.layer, node.index)
+        number = cantor(node.layer, node.index + _SITE_STEP * _site_rank(graph, i))
     elif node.kind is NodeKind.ERROR:
         text = f"Error: {node.site or 'mlp'} at {token}"
     elif node.kind is NodeKind.TOKEN:

@@ -17,13 +17,13 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from circuit_lens.dictionaries.binding import bind
+from circuit_lens.dictionaries.points import Write, write_kind
 from circuit_lens.graph.feature_info import NO_TOKEN, Detection, FeatureTable, SiteInfo
-from circuit_lens.training.activations import mlp_activations
+from circuit_lens.protocols import Dictionary
 from circuit_lens.zoo.batches import HeldOutText
-from circuit_lens.zoo.dictionary_figures import layer_of
 
 if TYPE_CHECKING:
-    from sae_lens import SAE
     from transformer_lens import HookedTransformer
 
 TOP, CONTEXTS, WINDOW, BEFORE, BINS = 5, 3, 11, 8, 10
@@ -207,7 +207,7 @@ def _sentence_bounds(text: HeldOutText, kept: Bool[Tensor, "row pos"]) -> tuple[
 @torch.no_grad()
 def site_info(
     model: HookedTransformer,
-    dictionary: SAE[Any],
+    dictionary: Dictionary,
     acts: Float[Tensor, "token d_sae"],
     text: HeldOutText,
     columns: Sequence[Column],
@@ -222,7 +222,7 @@ def site_info(
     histogram = torch.stack([(bins == number).sum(0) for number in range(1, BINS + 1)], 1)
     by_token = torch.zeros(acts.shape[1], len(words)).index_add_(1, tokens, acts.T.contiguous())
     shares, top_tokens = (by_token / by_token.sum(1, keepdim=True).clamp(min=1e-9)).topk(TOP)
-    logits = dictionary.W_dec @ (model.W_U - model.W_U.mean(-1, keepdim=True))
+    logits = _written(model, dictionary) @ (model.W_U - model.W_U.mean(-1, keepdim=True))
     top, bottom = logits.topk(TOP), (-logits).topk(TOP)
     contexts = [_contexts(column, tokens, starts, ends) for column in acts.T.contiguous()]
     found = candidates(acts, columns)
@@ -232,8 +232,8 @@ def site_info(
         active_on = [words[int(token)] for token, share in ranked if share > 0]
         labels.append(make_label(found[index], active_on, [words[int(token)] for token in top.indices[index].tolist()]))
     return SiteInfo(
-        site=str(dictionary.cfg.metadata.hook_name_out),
-        layer=layer_of(dictionary),
+        site=dictionary.site,
+        layer=dictionary.layer,
         labels=tuple(labels),
         detections=tuple(tuple(candidate.detection for candidate in each) for each in found),
         density=(acts > 0).float().mean(0),
@@ -250,10 +250,31 @@ def site_info(
     )
 
 
+def _written(model: HookedTransformer, dictionary: Dictionary) -> Float[Tensor, "d_sae d_model"]:
+    """What each feature adds to the residual stream, at all layers together, per unit of activation."""
+    rows = dictionary.decoder_rows(torch.arange(dictionary.d_sae), torch.float32).sum(1)
+    if write_kind(dictionary.hooks_out[0]) is Write.HEADS:
+        return rows @ model.blocks[dictionary.layer].attn.W_O.flatten(0, 1)
+    return rows
+
+
+def _activations(
+    model: HookedTransformer, dictionary: Dictionary, text: HeldOutText, batch: int = 64
+) -> Float[Tensor, "token d_sae"]:
+    """A dictionary's activations at the kept tokens of the text."""
+    found = []
+    for start in range(0, len(text.rows.tokens), batch):
+        rows, mask = text.rows.tokens[start : start + batch], text.rows.real[start : start + batch]
+        _, cache = model.run_with_cache(rows, names_filter=[dictionary.hook_in], return_type=None)
+        x = cache[dictionary.hook_in][mask].flatten(1)
+        found.append(dictionary.activate(dictionary.pre_acts(x), x))
+    return torch.cat(found)
+
+
 @torch.no_grad()
 def feature_information(
     model: HookedTransformer,
-    dictionaries: Sequence[SAE[Any]],
+    dictionaries: Sequence[Any],
     text: HeldOutText,
     words: Sequence[str],
     *,
@@ -262,11 +283,8 @@ def feature_information(
     """The table of all features; ``words`` is the vocabulary by id, ``description`` says what text it is."""
     kept = text.rows.real
     columns = variable_columns(text, kept, words)
-    layers = [layer_of(dictionary) for dictionary in dictionaries]
     sites = [
-        site_info(model, dictionary, dictionary.encode(data.inputs), text, columns, words)
-        for dictionary, data in zip(
-            dictionaries, mlp_activations(model, text.rows.tokens, kept, layers=layers), strict=True
-        )
+        site_info(model, dictionary, _activations(model, dictionary, text), text, columns, words)
+        for dictionary in bind(model, dictionaries).dictionaries
     ]
     return FeatureTable(sites, words, text=description, n_tokens=int(kept.sum()))
