@@ -75,7 +75,9 @@ def sae_settings(d_sae: int) -> SaeSettings:
     from circuit_lens.training.sae import SaeSettings
 
     # More features die while many compete for the same tokens, so the largest is revived more strongly.
-    return SaeSettings(d_sae=d_sae, k=11.0, steps=700, auxiliary=0.5 if d_sae > SIZE else 0.25)
+    if d_sae > SIZE:
+        return SaeSettings(d_sae=d_sae, k=11.0, steps=800, auxiliary=1.0, lr=1.5e-3, dead_window=10)
+    return SaeSettings(d_sae=d_sae, k=11.0, steps=700)
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,7 +212,7 @@ def replaced_loss(
     read: dict[str, Tensor] = {}
     hooks: list[tuple[str, Callable[..., Any]]] = []
     for dictionary in dictionaries:
-        name_in = str(dictionary.cfg.metadata.hook_name)
+        name_in, name_out = _hooks_of(dictionary)
 
         def remember(value: Tensor, hook: object, name: str = name_in) -> None:
             read[name] = value
@@ -218,7 +220,7 @@ def replaced_loss(
         def replace(value: Tensor, hook: object, name: str = name_in, dictionary: SAE[Any] = dictionary) -> Tensor:
             return torch.cat([value[:, :1], dictionary(read[name])[:, 1:]], 1)
 
-        hooks += [(name_in, remember), (str(dictionary.cfg.metadata.hook_name_out or name_in), replace)]
+        hooks += [(name_in, remember), (name_out, replace)]
     for name in zeroed:
         hooks.append((name, lambda value, hook: torch.cat([value[:, :1], torch.zeros_like(value[:, 1:])], 1)))
     total, count = 0.0, 0
@@ -232,6 +234,12 @@ def replaced_loss(
     return total / count
 
 
+def _hooks_of(dictionary: SAE[Any]) -> tuple[str, str]:
+    """What a dictionary reads and writes."""
+    read = str(dictionary.cfg.metadata.hook_name)
+    return read, str(dictionary.cfg.metadata.hook_name_out or read)
+
+
 def measure_saes(model: HookedTransformer, folder: Path, text: HeldOutText) -> SaeFigures:
     """All figures of the sets in a folder."""
     from circuit_lens.training.data_collect import collect_activations
@@ -240,16 +248,18 @@ def measure_saes(model: HookedTransformer, folder: Path, text: HeldOutText) -> S
 
     tokens = text.rows.tokens
     found = [(one, dictionary) for one in SETS for dictionary in load_dictionaries_from(folder / one)]
+    hooks = [_hooks_of(dictionary) for _, dictionary in found]
+    names = list(dict.fromkeys(name for pair in hooks for name in pair))
+    rows = TokenRows(tokens, text.rows.real)
+    store = collect_activations(model, rows, names, memory=2**31, rows_at_once=BATCH)
     figures = []
-    for one, dictionary in found:
-        hook_in = str(dictionary.cfg.metadata.hook_name)
-        hook_out = str(dictionary.cfg.metadata.hook_name_out or hook_in)
-        rows = TokenRows(tokens, text.rows.real)
-        store = collect_activations(model, rows, [hook_in, hook_out], memory=2**30, rows_at_once=BATCH)
-        fit = measure_fit(dictionary, ((batch[hook_in], batch[hook_out]) for batch in store.in_order()))
+    for (one, dictionary), (read, written) in zip(found, hooks, strict=True):
+        fit = measure_fit(
+            dictionary, ((batch[read], batch[written]) for batch in store.in_order(hooks=[read, written]))
+        )
         loss = replaced_loss(model, tokens, [dictionary])
         d_sae = int(dictionary.cfg.d_sae)
-        figures.append(SetFigures(one, hook_out, d_sae, fit.explained_variance, fit.l0, fit.dead, loss))
+        figures.append(SetFigures(one, written, d_sae, fit.explained_variance, fit.l0, fit.dead, loss))
     return SaeFigures(
         n_tokens=int(text.rows.real.sum()),
         dictionaries=tuple(figures),

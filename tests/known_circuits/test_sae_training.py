@@ -283,3 +283,42 @@ def test_a_full_disk_leaves_an_older_dictionary_whole(tmp_path: Path) -> None:
     with pytest.raises(GraphFileError, match="No space left"):
         write_folder(tmp_path / "new", fill)
     assert [path.name for path in tmp_path.iterdir()] == ["sae"]
+
+
+# ------------------------------------------------------------------------------------------------- the bundled ones
+
+
+@torch.no_grad()
+def test_the_loss_with_replacements_is_that_of_transcoders_and_counts_the_skip_path() -> None:
+    from circuit_lens.zoo.batches import held_out_text
+    from circuit_lens.zoo.corpus import Corpus
+    from circuit_lens.zoo.dictionary_figures import text_loss
+    from circuit_lens.zoo.loading import load_dictionaries, load_model
+    from circuit_lens.zoo.sae_recipe import MLP_OUT, replaced_loss
+    from circuit_lens.zoo.tokenizer import build_vocabulary
+
+    corpus, model, transcoders = Corpus(), load_model(), load_dictionaries()
+    ids = {word: index for index, word in enumerate(build_vocabulary(corpus.words()))}
+    tokens = held_out_text(corpus, ids, n_tokens=1_500, length=64, seed=77).rows.tokens
+    clean, replaced = replaced_loss(model, tokens), replaced_loss(model, tokens, transcoders)
+    assert clean == pytest.approx(text_loss(model, tokens), rel=1e-6)
+    assert replaced == pytest.approx(text_loss(model, tokens, dictionaries=transcoders), rel=1e-6)
+    assert replaced > clean
+    zeroed = replaced_loss(model, tokens, zeroed=[MLP_OUT.format(layer) for layer in range(4)])
+    assert zeroed == pytest.approx(text_loss(model, tokens, zero=True), rel=1e-6)
+    # Negative control: a skip path that is not zero shows.
+    skips = [skip_of(one) for one in transcoders]
+    for one in skips:
+        one.W_skip.normal_(generator=torch.Generator().manual_seed(0))
+    assert abs(replaced_loss(model, tokens, skips) - replaced) > 0.1
+    for one in skips:
+        one.W_skip.zero_()
+    assert replaced_loss(model, tokens, skips) == pytest.approx(replaced, rel=1e-6)
+
+
+def skip_of(transcoder: Any) -> Any:
+    """The same transcoder with a skip path of zeros."""
+    config = {**transcoder.cfg.to_dict(), "architecture": "jumprelu_skip_transcoder"}
+    found: Any = SAE.from_dict(config)
+    found.load_state_dict({**transcoder.state_dict(), "W_skip": found.W_skip.data.zero_()})
+    return found
