@@ -36,7 +36,8 @@ class CrossLayerSettings:
             ``sparsity * sum tanh(tanh_c * norm * activation)`` of Ameisen et al. 2025.
         k: BatchTopK: mean number of active features per token and layer.
         per_layer: BatchTopK: every layer keeps its own ``k * batch`` largest, rather than all layers sharing.
-        sparsity: JumpReLU: weight of the penalty at the end; it rises linearly from 0 over the whole training.
+        sparsity: JumpReLU: weight of the penalty at the end; it rises linearly from 0 over the whole training. About the
+            squared error (a layer's outputs have d_out in all) that an activation must remove to be worth it.
         tanh_c: JumpReLU: steepness of the penalty.
         bandwidth: JumpReLU: width of the window in which a threshold gets a gradient, in units of pre-activations.
         initial_threshold: JumpReLU: where thresholds start.
@@ -55,7 +56,7 @@ class CrossLayerSettings:
     activation: CrossLayerActivation = "batchtopk"
     k: float = 8.0
     per_layer: bool = False
-    sparsity: float = 2.0
+    sparsity: float = 0.1
     tanh_c: float = 4.0
     bandwidth: float = 1.0
     initial_threshold: float = 0.03
