@@ -177,8 +177,8 @@ class CrossLayerTranscoder:
         lazy: bool = False,
         dtype: torch.dtype | None = None,
         device: torch.device | str = "cpu",
-        hook_in: Sequence[str] | None = None,
-        hook_out: Sequence[str] | None = None,
+        hook_in: str | Sequence[str] | None = None,
+        hook_out: str | Sequence[str] | None = None,
     ) -> CrossLayerTranscoder:
         """Read a transcoder from a folder in either layout, which is recognised.
 
@@ -188,7 +188,8 @@ class CrossLayerTranscoder:
                 are read. The files must stay where they are.
             dtype: Convert to this; None keeps the files' dtype.
             device: Where tensors go.
-            hook_in, hook_out: One hook name per layer, in place of those in the folder.
+            hook_in, hook_out: One hook name per layer, or one name within the block (``"hook_resid_mid"``) for all, in
+                place of those in the folder.
 
         Raises:
             DictionaryError: No such folder, files that are foreign, damaged, missing or contradict each other.

@@ -147,10 +147,16 @@ def saelens_config(layer: CrossLayer, metadata: Mapping[str, Any]) -> dict[str, 
 
 
 def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    # Copies where needed: the format takes no views, and no two tensors of one storage.
-    save_file(
-        {name: t.detach().cpu().clone(memory_format=torch.contiguous_format) for name, t in tensors.items()}, path
-    )
+    written: dict[str, Tensor] = {}
+    storages: set[int] = set()
+    for name, tensor in tensors.items():
+        part = tensor.detach().cpu().contiguous()
+        storage = part.untyped_storage()
+        if storage.nbytes() != part.nbytes or storage.data_ptr() in storages:
+            part = part.clone()  # the format takes neither parts of a storage nor one storage twice
+        storages.add(storage.data_ptr())
+        written[name] = part
+    save_file(written, path)
 
 
 @contextlib.contextmanager

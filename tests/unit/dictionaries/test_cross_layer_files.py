@@ -450,6 +450,20 @@ def test_a_layout_that_cannot_say_it_refuses(tmp_path):
         CrossLayerTranscoder(**weights(), metadata={"x": torch.ones(1)}).save(tmp_path / "other")
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_weights_that_share_memory_are_saved_too(layout, tmp_path):
+    """Views of one flat tensor, and one tensor in two roles."""
+    made = weights(activation="jumprelu")
+    flat = torch.cat([made["b_enc"][0], made["b_dec"][0], made["W_dec"][0].flatten()])
+    made["b_enc"][0], made["b_dec"][0], decoder = flat.split([40, 32, 40 * 3 * 32])
+    made["W_dec"][0] = decoder.view(40, 3, 32)
+    made["threshold"][1] = made["b_enc"][1].abs()
+    made["b_enc"][1] = made["threshold"][1]
+    clt = CrossLayerTranscoder(**made)
+    clt.save(tmp_path / "clt", layout)
+    assert same(CrossLayerTranscoder.load(tmp_path / "clt"), clt)
+
+
 def test_the_files_are_those_that_circuit_tracer_describes(tmp_path):
     made = weights(activation="jumprelu")
     CrossLayerTranscoder(**made).save(tmp_path / "clt", "circuit-tracer")
