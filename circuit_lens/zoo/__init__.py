@@ -9,6 +9,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    import torch
+
     from circuit_lens.replacement_model import ReplacementModel
     from circuit_lens.zoo.corpus import Corpus
     from circuit_lens.zoo.loading import load_dictionaries, load_features, load_model, names
@@ -24,15 +26,31 @@ _HOMES = {
 }
 
 
-def load(name: str = "capitals") -> ReplacementModel:
-    """Return a bundled model with its dictionaries and the labels of their features; offline, float32, on the CPU.
+def load(
+    name: str = "capitals",
+    dictionaries: str = "plt",
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+) -> ReplacementModel:
+    """Return a bundled model with one of its dictionary sets, and labels of their features; offline.
 
-    Raises ``ValueError`` for an unknown name, with the valid ones.
+    Args:
+        name: One of ``names()``.
+        dictionaries: ``"plt"`` (per-layer transcoders), ``"clt"`` (a cross-layer transcoder), ``"skip"`` (skip
+            transcoders), ``"sae"`` (SAEs of the residual stream), ``"neurons"`` (the model's own); further ones in
+            ``circuit_lens.zoo.loading.load_dictionaries``.
+        device: Where to.
+        dtype: None: float32.
+
+    Raises:
+        ValueError: An unknown name or set, with the valid ones.
     """
-    from circuit_lens.replacement_model import ReplacementModel
-    from circuit_lens.zoo.loading import load_dictionaries, load_features, load_model
+    import torch
 
-    return ReplacementModel(load_model(name), load_dictionaries(name), label=load_features(name).label)
+    from circuit_lens.zoo.loading import load_pair
+
+    return load_pair(name, dictionaries, device=device, dtype=dtype or torch.float32)
 
 
 def __getattr__(name: str) -> object:

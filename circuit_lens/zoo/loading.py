@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -20,12 +20,13 @@ from circuit_lens.zoo.model import ModelShape
 from circuit_lens.zoo.tokenizer import build_tokenizer
 
 if TYPE_CHECKING:
-    from sae_lens import SAE
     from transformer_lens import HookedTransformer
+
+    from circuit_lens.replacement_model import ReplacementModel
 
 ASSETS = Path(__file__).parent / "assets"
 MODEL_FILE, CONFIG_FILE, DICTIONARIES = "model.safetensors", "model.json", "dictionaries"
-DEFAULT_SET = "transcoders"
+DEFAULT_SET, NEURONS = "plt", "neurons"
 FEATURE_INFO_FILE = "features.safetensors"
 # Zero by construction, so not stored.
 _ZERO_BIASES = ("attn.b_Q", "attn.b_K", "attn.b_V", "attn.b_O", "unembed.b_U")
@@ -107,8 +108,12 @@ def load_model(name: str = "capitals") -> HookedTransformer:
     return load_model_from(asset_folder(name))
 
 
-def load_dictionaries_from(folder: Path) -> list[SAE]:
-    """SAELens dictionaries in a folder with one SAELens folder per hook, in the order of the layers."""
+def load_dictionaries_from(folder: Path) -> list[Any]:
+    """Dictionaries in a folder: SAELens folders, in the order of the layers, or a cross-layer transcoder."""
+    if any(folder.glob("layer_*/cfg.json")):
+        from circuit_lens.dictionaries.cross_layer import CrossLayerTranscoder
+
+        return [CrossLayerTranscoder.load(folder, dtype=torch.float32)]
     with _undisturbed():
         from sae_lens import SAE
 
@@ -117,20 +122,70 @@ def load_dictionaries_from(folder: Path) -> list[SAE]:
 
 
 def dictionary_sets(name: str = "capitals") -> list[str]:
-    """The names of the dictionary sets that are bundled with a model."""
-    return sorted(path.name for path in (asset_folder(name) / DICTIONARIES).iterdir() if path.is_dir())
+    """The names of a bundled model's dictionary sets; ``"neurons"`` are the model's own."""
+    return [*sorted(path.name for path in (asset_folder(name) / DICTIONARIES).iterdir() if path.is_dir()), NEURONS]
 
 
-def load_dictionaries(name: str = "capitals", which: str = DEFAULT_SET) -> list[SAE]:
-    """A bundled model's dictionaries, one per layer, as SAELens objects in float32 on the CPU.
+def _check_set(name: str, which: str) -> None:
+    sets = dictionary_sets(name)
+    if which not in sets:
+        hint = nearest(str(which), sets)
+        raise ValueError(f"{name!r} has no dictionary set {which!r}{hint}. Valid: {', '.join(sets)}")
 
-    ``sae.cfg.metadata`` has ``hook_name`` (read) and ``hook_name_out`` (written).
+
+def load_dictionaries(name: str = "capitals", which: str = DEFAULT_SET) -> list[Any]:
+    """A bundled model's dictionaries in float32 on the CPU: SAELens objects, or one ``CrossLayerTranscoder``.
+
+    ``"plt"``, ``"skip"``: per-layer transcoders, the second with skip paths. ``"clt"``: a cross-layer transcoder.
+    ``"sae"``: SAEs of the residual stream behind every block; ``"sae-256"`` and ``"sae-1600"``: smaller and larger ones
+    behind the second block; ``"sae-mlp-in"`` and ``"sae-mlp-out"``: SAEs around the second block's MLP (the first
+    stands at the norm, where SAEs are compared but not attributed). A SAELens object says in ``sae.cfg.metadata`` what
+    it reads (``hook_name``) and writes (``hook_name_out``).
+
+    Raises:
+        ValueError: An unknown name or set, with the valid ones; or ``"neurons"``, which belong to one model object.
     """
-    if which not in dictionary_sets(name):
-        raise ValueError(f"{name!r} has no dictionary set {which!r}. Valid: {', '.join(dictionary_sets(name))}")
+    _check_set(name, which)
+    if which == NEURONS:
+        raise ValueError("neurons are a model's own: use circuit_lens.neurons(model), or zoo.load(name, 'neurons')")
     return load_dictionaries_from(asset_folder(name) / DICTIONARIES / which)
 
 
 def load_features(name: str = "capitals", which: str = DEFAULT_SET) -> FeatureTable:
-    """What is known about the features of a bundled model's dictionaries."""
-    return load_feature_info(asset_folder(name) / DICTIONARIES / which / FEATURE_INFO_FILE)
+    """What is known about the features of a bundled model's dictionaries.
+
+    Raises:
+        ValueError: An unknown name or set, or one of whose features nothing is bundled.
+    """
+    _check_set(name, which)
+    path = asset_folder(name) / DICTIONARIES / which / FEATURE_INFO_FILE
+    if not path.is_file():
+        raise ValueError(f"nothing is bundled about the features of {which!r} of {name!r}")
+    return load_feature_info(path)
+
+
+def load_pair(
+    name: str = "capitals",
+    dictionaries: str = DEFAULT_SET,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> ReplacementModel:
+    """A bundled model with one of its dictionary sets, and labels of their features where there are any.
+
+    Raises:
+        ValueError: An unknown name or set, with the valid ones.
+    """
+    from circuit_lens.dictionaries.neurons import neurons
+    from circuit_lens.replacement_model import ReplacementModel
+
+    _check_set(name, dictionaries)
+    model = load_model(name)
+    model.to(device, print_details=False)
+    model.to(dtype, print_details=False)
+    if dictionaries == NEURONS:
+        return ReplacementModel(model, neurons(model))
+    found = [one.to(device=device, dtype=dtype) for one in load_dictionaries(name, dictionaries)]
+    if not (asset_folder(name) / DICTIONARIES / dictionaries / FEATURE_INFO_FILE).is_file():
+        return ReplacementModel(model, found)
+    return ReplacementModel(model, found, label=load_features(name, dictionaries).label)
