@@ -477,3 +477,17 @@ def test_the_files_are_those_that_circuit_tracer_describes(tmp_path):
     assert config["feature_input_hook"] == "ln2.hook_normalized"
     assert config["feature_output_hook"] == "hook_mlp_out"
     assert config["activation"] == "jump_relu"
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_threshold_below_zero_means_zero_in_both_layouts(layout, tmp_path):
+    made = weights(activation="jumprelu")
+    made["threshold"] = [-t for t in made["threshold"]]
+    clt = CrossLayerTranscoder(**made)
+    clt.save(tmp_path / "clt", layout)
+    back, x = CrossLayerTranscoder.load(tmp_path / "clt"), torch.randn(9, 32, dtype=torch.float64)
+    for d, read in zip(clt.dictionaries, back.dictionaries, strict=True):
+        pre = d.pre_acts(x)
+        assert torch.equal(read.activate(read.pre_acts(x), x), pre.relu())
+        assert bool(((pre < 0) & (pre > d.parts.threshold)).any())  # control: such values exist
+        assert torch.equal(d.thresholds(), torch.zeros(40).double())
