@@ -266,7 +266,9 @@ def _train(
     wandb: str | None, resume: bool, quiet: bool,
 ) -> tuple[list[Path], list[DictionaryFit]]:  # fmt: skip
     """Train what is missing and measure everything; return where it lies and its figures."""
-    names = list(dict.fromkeys(name for pair in plan.hooks for name in pair))
+    from circuit_lens.running import model_device
+
+    names, where = list(dict.fromkeys(name for pair in plan.hooks for name in pair)), model_device(model)
     made = [folder / written for _, written in plan.hooks]
     missing = [i for i, place in enumerate(made) if not (place / "cfg.json").is_file()]
     tests = activations(model, held, names, folder / ACTIVATIONS / "held-out", memory / 4, quiet)
@@ -275,7 +277,7 @@ def _train(
         store = activations(model, rows, names, folder / ACTIVATIONS / "training", memory, quiet)
     if plan.kind == "clt":
         assert store is not None
-        return _train_clt(plan, folder, store, tests, log, wandb, resume, quiet)
+        return _train_clt(plan, folder, store, tests, where, log, wandb, resume, quiet)
     if resume and len(missing) < len(made) and not quiet:
         show_error(f"{len(made) - len(missing)} of {len(made)} dictionaries are finished and kept.", title="Resumed")
     if resume and missing and not quiet:
@@ -287,14 +289,14 @@ def _train(
     fits = []
     for i, ((read, written), place) in enumerate(zip(plan.hooks, made, strict=True)):
         if i in missing and store is not None:
-            _train_one(plan, i, store, place, log, wandb, quiet)
+            _train_one(plan, i, store, place, where, log, wandb, quiet)
         pairs = ((block[read], block[written]) for block in tests.in_order())
         fits.append(measure_fit(SAE.load_from_disk(str(place), device="cpu"), pairs))
     return made, fits
 
 
 def _train_one(
-    plan: Plan, i: int, store: ActivationStore, place: Path, log: bool, wandb: str | None, quiet: bool
+    plan: Plan, i: int, store: ActivationStore, place: Path, where: Any, log: bool, wandb: str | None, quiet: bool
 ) -> None:
     from circuit_lens.training.sae import train_sae
     from circuit_lens.training.transcoder import train_transcoder
@@ -303,7 +305,7 @@ def _train_one(
     common: dict[str, Any] = {
         "settings": _settings(plan), "seed": plan.settings["seed"] + i, "metadata": {"model_name": plan.model},
         "folder": place, "progress": show_bar(quiet), "log": place.with_name(f"{place.name}.jsonl") if log else None,
-        "wandb": wandb,
+        "wandb": wandb, "device": where,
     }  # fmt: skip
     if plan.kind == "sae":
         train_sae(store, hook=read, **common)
@@ -337,7 +339,7 @@ def _check_settings(plan: Plan) -> None:
 
 
 def _train_clt(
-    plan: Plan, folder: Path, store: ActivationStore, tests: ActivationStore, log: bool, wandb: str | None,
+    plan: Plan, folder: Path, store: ActivationStore, tests: ActivationStore, where: Any, log: bool, wandb: str | None,
     resume: bool, quiet: bool,
 ) -> tuple[list[Path], list[DictionaryFit]]:  # fmt: skip
     from circuit_lens.training.cross_layer import DICTIONARY_FOLDER, train_cross_layer
@@ -347,14 +349,22 @@ def _train_clt(
     hooks_in, hooks_out = (tuple(names) for names in zip(*plan.hooks, strict=True))
     try:
         transcoder = train_cross_layer(
-            LayersSource(store, hooks_in, hooks_out), hook_in=hooks_in, hook_out=hooks_out, settings=_settings(plan),
-            seed=plan.settings["seed"], folder=folder, resume=resume, log=folder / "clt.jsonl" if log else None,
-            progress=show_bar(quiet) is None, wandb=wandb, metadata={"model_name": plan.model},
-        )  # fmt: skip
+            LayersSource(store, hooks_in, hooks_out, where),
+            hook_in=hooks_in,
+            hook_out=hooks_out,
+            settings=_settings(plan),
+            seed=plan.settings["seed"],
+            folder=folder,
+            resume=resume,
+            log=folder / "clt.jsonl" if log else None,
+            progress=show_bar(quiet) is None,
+            wandb=wandb,
+            metadata={"model_name": plan.model},
+        )
     except (ValueError, TypeError) as error:
         raise CommandError(str(error)) from error
     pairs = LayersSource(tests, hooks_in, hooks_out).in_order()
-    return [folder / DICTIONARY_FOLDER], measure_cross_layer(transcoder.dictionaries, pairs)
+    return [folder / DICTIONARY_FOLDER], measure_cross_layer(transcoder.to(device="cpu").dictionaries, pairs)
 
 
 def _use(plan: Plan, folder: Path, model: str | None, bridge: bool) -> str:

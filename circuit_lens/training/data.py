@@ -249,11 +249,15 @@ class PairSource:
 
 @dataclass(frozen=True, eq=False)
 class LayersSource:
-    """The inputs and outputs of all layers: batches are ``(inputs, outputs)``, each ``[token, n_layers, width]``."""
+    """The inputs and outputs of all layers: batches are ``(inputs, outputs)``, each ``[token, n_layers, width]``.
+
+    ``device``: where batches are, and a cross-layer transcoder is trained.
+    """
 
     store: ActivationStore
     hooks_in: tuple[str, ...]
     hooks_out: tuple[str, ...]
+    device: torch.device | str = "cpu"
 
     def batches(
         self, batch_size: int, seed: int, start_step: int = 0
@@ -270,7 +274,8 @@ class LayersSource:
         return (self._stacked(batch) for batch in found)
 
     def _stacked(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        return torch.stack([batch[n] for n in self.hooks_in], 1), torch.stack([batch[n] for n in self.hooks_out], 1)
+        x, y = (torch.stack([batch[name] for name in names], 1) for names in (self.hooks_in, self.hooks_out))
+        return x.to(self.device), y.to(self.device)
 
     def fingerprint(self) -> str:
         """Return a text that tells these data from others."""

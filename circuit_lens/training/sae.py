@@ -123,6 +123,7 @@ def train_sae(
     seed: int = 0,
     metadata: Mapping[str, Any] | None = None,
     folder: Path | str | None = None,
+    device: torch.device | str = "cpu",
     progress: bool | None = None,
     log: Path | str | None = None,
     wandb: str | None = None,
@@ -138,6 +139,7 @@ def train_sae(
         seed: Of the initial weights and of the order of the tokens.
         metadata: Added to SAELens' own.
         folder: Keeps SAELens' files (``cfg.json``, ``sae_weights.safetensors``).
+        device: Where to train; the result is on the CPU.
         progress: Show a bar; None: in a terminal.
         log: A file of JSON lines: losses, L0, explained variance, dead share.
         wandb: A project of Weights & Biases; nothing is sent without one.
@@ -159,7 +161,7 @@ def train_sae(
         names = SAEMetadata(hook_name=hook, **dict(metadata or {}))
         network = _network(data.store.widths[data.hook], settings, names)
     batches = _scaled(data, settings, seed, moments)
-    run_trainer(network, batches, settings, progress=progress, log=log, wandb=wandb)
+    run_trainer(network, batches, settings, device=device, progress=progress, log=log, wandb=wandb)
     _unscale(network, moments)
     return save_and_load(network, folder)
 

@@ -170,17 +170,19 @@ def run_trainer(
     batches: Iterator[Tensor],
     settings: TrainerSettings,
     *,
+    device: torch.device | str = "cpu",
     progress: bool | None = None,
     log: Path | str | None = None,
     log_every: int = 50,
     wandb: str | None = None,
 ) -> None:
-    """Train a SAELens training class on batches.
+    """Train a SAELens training class on batches; it comes back on the CPU.
 
     Args:
         network: The training class, changed in place.
         batches: Tensors ``[token, width]``, without end.
         settings: Steps, rates and so on; the rate rises over the first tenth of the steps (100 at most).
+        device: Where to train.
         progress: Show a bar; None: in a terminal.
         log: A file for one `StepRecord` per line.
         log_every: Steps from one record to the next; the last step has one.
@@ -193,12 +195,13 @@ def run_trainer(
         lr_end=settings.lr * 0.05,
         lr_warm_up_steps=min(100, settings.steps // 10),
         lr_decay_steps=int(settings.steps * settings.decay_share),
+        device=str(device),
         autocast=settings.bfloat16,
         dead_feature_window=settings.dead_window,
         feature_sampling_window=max(settings.steps, 1),
     )
-    trainer: Any = SAETrainer(config, network, batches)
     network.to(config.device)
+    trainer: Any = SAETrainer(config, network, batches)
     disable = None if progress is None else not progress
     with (
         TrainingLog(log, wandb, asdict(settings)) as records,
@@ -211,6 +214,7 @@ def run_trainer(
                 records.write(_record(trainer, output, step, settings))
             bar.update()
     trainer.set_final_sae_metadata()
+    network.to("cpu")
 
 
 @torch.no_grad()

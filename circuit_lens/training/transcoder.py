@@ -193,6 +193,7 @@ def train_transcoder(
     seed: int = 0,
     metadata: Mapping[str, Any] | None = None,
     folder: Path | str | None = None,
+    device: torch.device | str = "cpu",
     progress: bool | None = True,
     log: Path | str | None = None,
     wandb: str | None = None,
@@ -211,6 +212,7 @@ def train_transcoder(
         seed: Of the initial weights and of the order of the tokens.
         metadata: Added to SAELens' own.
         folder: Keeps SAELens' files (``cfg.json``, ``sae_weights.safetensors``).
+        device: Where to train; the result is on the CPU.
         progress: Show a bar; None: in a terminal.
         log: A file of JSON lines: losses, L0, explained variance, dead share.
         wandb: A project of Weights & Biases; nothing is sent without one.
@@ -252,6 +254,6 @@ def train_transcoder(
             )
         )
     batches = _packed(source, settings, seed, x_moments, y_moments)
-    run_trainer(transcoder, batches, settings, progress=progress, log=log, wandb=wandb)
+    run_trainer(transcoder, batches, settings, device=device, progress=progress, log=log, wandb=wandb)
     transcoder.unscale(x_moments, y_moments)
     return save_and_load(transcoder, folder)
