@@ -56,7 +56,7 @@ class CrossLayerSettings:
     activation: CrossLayerActivation = "batchtopk"
     k: float = 8.0
     per_layer: bool = False
-    sparsity: float = 0.1
+    sparsity: float = 0.5
     tanh_c: float = 4.0
     bandwidth: float = 1.0
     initial_threshold: float = 0.03
