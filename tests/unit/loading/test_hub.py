@@ -37,6 +37,13 @@ def test_one_dictionary_is_tried_before_the_rest_is_fetched_together(online: Fol
     assert online.calls == []
 
 
+def test_what_is_cached_is_asked_for_again_so_that_all_is_of_one_commit(online: FolderHub) -> None:
+    files.write_plt(online.folder("a/b"), [raw(i) for i in range(3)])
+    online.fetched.add(("a/b", "layer_2.safetensors"))
+    load_dictionaries("hf:a/b")
+    assert online.calls[-1][2] == ("layer_1.safetensors", "layer_2.safetensors")
+
+
 def test_a_set_of_no_use_is_not_fetched_whole(online: FolderHub) -> None:
     files.write_plt(online.folder("a/b"), [raw(i) for i in range(4)], activation="jump_relu")
     with pytest.raises(cl.DictionaryError, match="JumpReLU, but the weights have no threshold"):
