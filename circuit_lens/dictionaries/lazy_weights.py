@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from circuit_lens.dictionaries.cross_layer_weights import refuse_bad_numbers
+from circuit_lens.dictionaries.finite import refuse_bad_numbers
 from circuit_lens.errors import DictionaryError
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -144,7 +144,8 @@ class TensorFile:
             if name == "__metadata__":
                 continue
             try:
-                kind, shape, (start, stop) = facts["dtype"], tuple(map(int, facts["shape"])), facts["data_offsets"]
+                kind, shape = facts["dtype"], tuple(map(int, facts["shape"]))
+                start, stop = map(int, facts["data_offsets"])
             except (TypeError, KeyError, ValueError) as error:
                 raise DictionaryError(f"{self.path} is no safetensors file: {name!r} is not described") from error
             if kind not in DTYPES:
