@@ -75,9 +75,7 @@ def sae_settings(d_sae: int) -> SaeSettings:
     from circuit_lens.training.sae import SaeSettings
 
     # More features die while many compete for the same tokens, so the largest is revived more strongly.
-    if d_sae > SIZE:
-        return SaeSettings(d_sae=d_sae, k=11.0, steps=800, auxiliary=1.0, lr=1.5e-3, dead_window=10)
-    return SaeSettings(d_sae=d_sae, k=11.0, steps=700)
+    return SaeSettings(d_sae=d_sae, k=11.0, steps=700, auxiliary=0.5 if d_sae > SIZE else 0.25, dead_window=20)
 
 
 @dataclass(frozen=True, slots=True)
