@@ -36,8 +36,8 @@ class CrossLayerSettings:
             ``sparsity * sum tanh(tanh_c * norm * activation)`` of Ameisen et al. 2025.
         k: BatchTopK: mean number of active features per token and layer.
         per_layer: BatchTopK: every layer keeps its own ``k * batch`` largest, rather than all layers sharing.
-        sparsity: JumpReLU: weight of the penalty at the end; it rises linearly from 0 over the whole training. About the
-            squared error (a layer's outputs have d_out in all) that an activation must remove to be worth it.
+        sparsity: JumpReLU: weight of the penalty at the end; it rises linearly from 0 over the whole training. It is
+            about the squared error, of a layer's d_out in all, that a large activation must remove to be worth it.
         tanh_c: JumpReLU: steepness of the penalty.
         bandwidth: JumpReLU: width of the window in which a threshold gets a gradient, in units of pre-activations.
         initial_threshold: JumpReLU: where thresholds start.
