@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from circuit_lens import errors as errors
+    from circuit_lens import loading as loading
     from circuit_lens import zoo as zoo
     from circuit_lens.attribution.replacement import LocalReplacementModel as LocalReplacementModel
     from circuit_lens.attribution.targets import direction as direction
@@ -59,6 +60,8 @@ if TYPE_CHECKING:
     from circuit_lens.interventions.study import CardSettings as CardSettings
     from circuit_lens.interventions.validation import validate_many as validate_many
     from circuit_lens.loading.dictionaries import load_dictionaries as load_dictionaries
+    from circuit_lens.loading.failures import FetchError as FetchError
+    from circuit_lens.loading.failures import LoadError as LoadError
     from circuit_lens.loading.pairs import load as load
     from circuit_lens.replacement_model import ReplacementModel as ReplacementModel
 
@@ -72,6 +75,7 @@ _HOMES = {  # module: the public names that live there
     "circuit_lens.dictionaries.neurons": ("NeuronDictionary", "neurons"),
     "circuit_lens.evaluation.figures": ("Evaluation",),
     "circuit_lens.loading.dictionaries": ("load_dictionaries",),
+    "circuit_lens.loading.failures": ("FetchError", "LoadError"),
     "circuit_lens.loading.pairs": ("load",),
     "circuit_lens.graph.graph": ("AttributionGraph",),
     "circuit_lens.graph.card": ("ValidationCard",),
@@ -105,6 +109,7 @@ _HOMES = {  # module: the public names that live there
 }
 _MODULES = {
     "errors": "circuit_lens.errors",
+    "loading": "circuit_lens.loading",
     "patching": "circuit_lens.interventions.patching",
     "zoo": "circuit_lens.zoo",
 }

@@ -73,8 +73,9 @@ def load_pair(
             raise CommandError(f"{name!r} is bundled as a HookedTransformer; leave out --bridge")
         where, kind = choose_device(device, cpu=bundled), parse_dtype(dtype)
         if bundled:
-            found = find_dictionaries(dictionaries)  # a wrong name shows before the model is made
-            return Pair(_bundled(name, found, where, kind), name, True)
+            own = dictionaries[0] if len(dictionaries) == 1 and dictionaries[0] in zoo.dictionary_sets(name) else None
+            found = [] if own else find_dictionaries(dictionaries)  # a wrong name shows before the model is made
+            return Pair(_bundled(name, own, found, where, kind), name, True)
         record = None if dictionaries else published(name)
         bridge = bridge or (record is not None and record.model_class == "TransformerBridge")
         if record is None:
@@ -104,12 +105,14 @@ def published(name: str) -> Published | None:
         raise CommandError(_no_dictionaries(name)) from None
 
 
-def _bundled(name: str, found: Sequence[Found], device: torch.device, dtype: torch.dtype) -> ReplacementModel:
-    """Load a bundled model, with its own dictionaries unless others are given."""
+def _bundled(
+    name: str, own: str | None, found: Sequence[Found], device: torch.device, dtype: torch.dtype
+) -> ReplacementModel:
+    """Load a bundled model, with a set of its own dictionaries unless others are given."""
     from circuit_lens.loading import pairs
 
     with argument_errors():
-        return pairs.load_bundled(name, found=found or None, device=device, dtype=dtype)
+        return pairs.load_bundled(name, own, found=found or None, device=device, dtype=dtype)
 
 
 def load_model(

@@ -18,6 +18,7 @@ class Linearised(StrEnum):
 class Mlp(StrEnum):
     """What a layer without dictionary is in a graph."""
 
+    auto = "auto"
     error = "error"
     jacobian = "jacobian"
 
@@ -46,8 +47,9 @@ MODEL = Annotated[str | None, typer.Option(
     help="A bundled model, or a name that TransformerLens loads, such as gemma-2-2b (default: capitals).",
     rich_help_panel=_MODEL, show_default=False)]  # fmt: skip
 DICTIONARIES = Annotated[list[str] | None, typer.Option(
-    help="A SAELens release (its transcoder of every layer), release:id (with * and ?), or a folder in SAELens' "
-    "format; give it again for more (default: the bundled ones).",
+    help="A SAELens release, release:id (with * and ?), hf:owner/name, or a folder in any published layout; "
+    "#lowest-l0, #highest-l0, #80 or #regex chooses one per layer; a bundled model's sets: plt, clt, skip, sae, "
+    "neurons; give it again for more (default: the bundled ones, or the model's published set).",
     rich_help_panel=_MODEL, show_default=False)]  # fmt: skip
 BRIDGE = Annotated[bool, typer.Option(
     "--bridge", help="Load the model as a TransformerBridge (any Hugging Face model, or a folder).",
@@ -73,8 +75,9 @@ EDGE_THRESHOLD = Annotated[float, typer.Option(
 NORMS = Annotated[Linearised, typer.Option(help="Norms: constants, or by their Jacobian.", rich_help_panel=_GRAPH)]
 ATTENTION = Annotated[Linearised, typer.Option(
     help="Attention patterns: constants, or to first order.", rich_help_panel=_GRAPH)]  # fmt: skip
-MLP = Annotated[Mlp, typer.Option(help="A layer without dictionary: an error, or its Jacobian.",
-                                  rich_help_panel=_GRAPH)]  # fmt: skip
+MLP = Annotated[Mlp, typer.Option(
+    help="An MLP without dictionary: an error, or its Jacobian (auto: the second if there is an SAE).",
+    rich_help_panel=_GRAPH)]  # fmt: skip
 BATCH_SIZE = Annotated[int | None, typer.Option(
     min=1, help="Rows computed at once: less memory, the same graph.", rich_help_panel=_GRAPH,
     show_default=False)]  # fmt: skip

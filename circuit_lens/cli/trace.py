@@ -33,7 +33,7 @@ def trace(
     edge_threshold: options.EDGE_THRESHOLD = 0.98,
     norms: options.NORMS = options.Linearised.frozen,
     attention: options.ATTENTION = options.Linearised.frozen,
-    mlp: options.MLP = options.Mlp.error,
+    mlp: options.MLP = options.Mlp.auto,
     batch_size: options.BATCH_SIZE = None,
     allow_poor_fit: options.POOR_FIT = False,
     out: options.OUT = None,

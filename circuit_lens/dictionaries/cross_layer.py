@@ -18,8 +18,8 @@ from circuit_lens.dictionaries.cross_layer_files import load, save
 from circuit_lens.dictionaries.cross_layer_parts import Activation, CrossLayer, LayerParts
 from circuit_lens.dictionaries.cross_layer_weights import (
     InMemory,
-    refuse_bad_numbers,
 )
+from circuit_lens.dictionaries.finite import refuse_bad_numbers
 from circuit_lens.errors import DictionaryError
 
 

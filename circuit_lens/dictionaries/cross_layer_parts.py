@@ -15,8 +15,8 @@ from circuit_lens.dictionaries.cross_layer_weights import (
     activate,
     decode,
     encode,
-    refuse_bad_numbers,
 )
+from circuit_lens.dictionaries.finite import refuse_bad_numbers
 from circuit_lens.dictionaries.points import parse_hook, read_kind, write_kind
 from circuit_lens.errors import DictionaryError
 

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from circuit_lens.dictionaries.cross_layer_files import ARCHITECTURE, saelens_config
 from circuit_lens.dictionaries.cross_layer_parts import ACTIVATIONS, Activation, CrossLayer, LayerParts
-from circuit_lens.dictionaries.cross_layer_weights import InMemory, activate, refuse_bad_numbers
+from circuit_lens.dictionaries.cross_layer_weights import InMemory, activate
+from circuit_lens.dictionaries.finite import refuse_bad_numbers
 from circuit_lens.errors import DictionaryError
 
 

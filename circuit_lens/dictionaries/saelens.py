@@ -14,10 +14,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from circuit_lens.dictionaries.finite import refuse_bad_numbers
 from circuit_lens.dictionaries.points import check_transcoder_hooks, parse_hook
 from circuit_lens.errors import DictionaryError
 
 ARCHITECTURES = ("transcoder", "skip_transcoder", "jumprelu_transcoder", "jumprelu_skip_transcoder")
+_WEIGHTS = ("W_enc", "b_enc", "W_dec", "b_dec", "threshold", "W_skip")
 # Published sets whose declared hook_mlp_in means the norm's output, as their Hugging Face hook says.
 _NORM_OUTPUT_MODULES = ("pre_feedforward_layernorm.output", "post_attention_layernorm.output")
 
@@ -74,6 +76,9 @@ class SaelensTranscoder:
             weight = getattr(module, name, None)
             if weight is not None and tuple(weight.shape) != shape:
                 raise DictionaryError(f"{name} of {name_out!r} has shape {tuple(weight.shape)}, it must be {shape}")
+        for name in _WEIGHTS:
+            if (weight := getattr(module, name, None)) is not None:
+                refuse_bad_numbers(f"{name} of {name_out!r}", weight.detach())
         self._fingerprint: str | None = None
 
     def __repr__(self) -> str:
@@ -138,8 +143,7 @@ class SaelensTranscoder:
     def fingerprint(self) -> str:
         """Return a short hash of the weights."""
         if self._fingerprint is None:
-            names = ("W_enc", "b_enc", "W_dec", "b_dec", "threshold", "W_skip")
-            weights = {n: getattr(self.module, n, None) for n in names}
+            weights = {n: getattr(self.module, n, None) for n in _WEIGHTS}
             self._fingerprint = fingerprint({n: w for n, w in weights.items() if w is not None})
         return self._fingerprint
 

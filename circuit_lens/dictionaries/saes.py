@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from circuit_lens.dictionaries.finite import refuse_bad_numbers
 from circuit_lens.dictionaries.points import SAE_HOOKS, Write, parse_hook, write_kind
 from circuit_lens.dictionaries.saelens import architecture_of, fingerprint
 from circuit_lens.errors import DictionaryError
@@ -88,6 +89,9 @@ class SaelensSae:
             if weight is None or tuple(weight.shape) != shape:
                 given = "missing" if weight is None else f"of shape {tuple(weight.shape)}"
                 raise DictionaryError(f"{name} of the {self.kind} SAE at {self.site!r} is {given}, it must be {shape}")
+        for name in _WEIGHTS:
+            if (weight := getattr(self.module, name, None)) is not None:
+                refuse_bad_numbers(f"{name} of the {self.kind} SAE at {self.site!r}", weight.detach())
 
     @property
     def _scale(self) -> Float[Tensor, "d_sae"] | None:

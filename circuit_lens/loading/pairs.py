@@ -98,22 +98,15 @@ def load_bundled(
     from circuit_lens import zoo
     from circuit_lens.loading.dictionaries import load_found
     from circuit_lens.replacement_model import ReplacementModel
+    from circuit_lens.zoo.loading import DEFAULT_SET
 
-    kind, labels = torch.float32 if dtype is None else dtype, {}
-    if found is not None:
-        model, modules = zoo.load_model(name), load_found(found, device=device, dtype=kind)
-    elif which is not None:
-        model, modules = zoo.load_model(name), zoo.load_dictionaries(name, which)
-        modules = [one.to(device=device, dtype=kind) for one in modules]
-    else:
-        rm = zoo.load(name)
-        if torch.device(device).type == "cpu" and kind is torch.float32:
-            return rm
-        model, labels = rm.model, {"label": rm.label}
-        modules = [getattr(one, "module").to(device=device, dtype=kind) for one in rm.dictionaries]  # noqa: B009
+    kind = torch.float32 if dtype is None else dtype
+    if found is None:
+        return zoo.load(name, which or DEFAULT_SET, device=device, dtype=kind)
+    model, modules = zoo.load_model(name), load_found(found, device=device, dtype=kind)
     model.to(device, print_details=False)
     model.to(kind, print_details=False)
-    return ReplacementModel(model, modules, **labels)
+    return ReplacementModel(model, modules)
 
 
 def _record(name: str, dictionaries: Any) -> Published | None:

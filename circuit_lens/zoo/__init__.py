@@ -13,12 +13,13 @@ if TYPE_CHECKING:
 
     from circuit_lens.replacement_model import ReplacementModel
     from circuit_lens.zoo.corpus import Corpus
-    from circuit_lens.zoo.loading import load_dictionaries, load_features, load_model, names
+    from circuit_lens.zoo.loading import dictionary_sets, load_dictionaries, load_features, load_model, names
 
-__all__ = ["Corpus", "load", "load_dictionaries", "load_features", "load_model", "names"]
+__all__ = ["Corpus", "dictionary_sets", "load", "load_dictionaries", "load_features", "load_model", "names"]
 
 _HOMES = {
     "Corpus": "circuit_lens.zoo.corpus",
+    "dictionary_sets": "circuit_lens.zoo.loading",
     "load_dictionaries": "circuit_lens.zoo.loading",
     "load_features": "circuit_lens.zoo.loading",
     "load_model": "circuit_lens.zoo.loading",

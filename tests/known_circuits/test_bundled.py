@@ -44,8 +44,10 @@ def test_both_bundled_models_are_there_and_another_name_is_an_error_that_lists_t
     assert loading.names() == ["capitals", "capitals-shortcut"]
     with pytest.raises(ValueError, match=r"capitol.*capitals, capitals-shortcut"):
         loading.load_model("capitol")
-    with pytest.raises(ValueError, match="transcoders"):
-        loading.load_dictionaries("capitals", "clt")
+    with pytest.raises(ValueError, match=r"Valid: .*plt.*neurons"):
+        loading.load_dictionaries("capitals", "transcoder")
+    with pytest.raises(ValueError, match=r"circuit_lens\.neurons"):
+        loading.load_dictionaries("capitals", "neurons")
 
 
 def test_loading_is_quiet_offline_and_leaves_the_random_state():

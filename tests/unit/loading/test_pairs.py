@@ -97,7 +97,7 @@ def test_dictionaries_of_another_width_are_refused(tmp_path: Path, asked: list[d
 def test_bundled_names_are_the_zoos() -> None:
     rm, expected = load("capitals"), cl.zoo.load("capitals")
     assert rm.binding.fingerprints() == expected.binding.fingerprints()
-    assert load("capitals", "transcoders").binding.fingerprints() == expected.binding.fingerprints()
+    assert load("capitals", "plt").binding.fingerprints() == expected.binding.fingerprints()
     double = load("capitals", dtype=torch.float64)
     assert {double.model.W_U.dtype, double.dictionaries[0].module.W_dec.dtype} == {torch.float64}
     with pytest.raises(LoadError, match="there is no such folder"):
