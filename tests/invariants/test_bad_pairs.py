@@ -78,7 +78,7 @@ def changed(change: Any) -> Any:
 
 def standard() -> Any:
     cfg = StandardSAEConfig(d_in=32, d_sae=8, dtype="float64", device="cpu", apply_b_dec_to_input=False)
-    cfg.metadata.hook_name = "blocks.0.hook_resid_post"
+    cfg.metadata.hook_name = "blocks.0.ln2.hook_normalized"
     return StandardSAE(cfg)
 
 
@@ -93,7 +93,7 @@ def renamed(name: str, value: Any) -> Any:
 
 
 DICTIONARIES: list[tuple[Any, type[Exception], str]] = [
-    (standard, DictionaryError, "'standard' module cannot be attributed"),
+    (standard, DictionaryError, "an SAE at 'blocks.0.ln2.hook_normalized' cannot be attributed"),
     (wide, DictionaryError, "maps width 48 to 32, the model's residual stream has width 32"),
     (lambda: object(), DictionaryError, "object is no dictionary"),
     (lambda: changed(lambda c: setattr(c, "normalize_activations", "layer_norm")), DictionaryError, "fold the normal"),
