@@ -12,6 +12,7 @@ from torch import Tensor
 from circuit_lens.errors import GraphError
 from circuit_lens.graph import effects
 from circuit_lens.graph.nodes import Node, NodeKind, NodeTable
+from circuit_lens.graph.path_lengths import mean_path_length
 from circuit_lens.graph.paths import strongest_paths
 from circuit_lens.graph.positions import Which, find_position
 from circuit_lens.graph.records import Edge, Mediation, Path, RankedNode, Records
@@ -245,6 +246,26 @@ class GraphQueries(ABC):
         """
         node = find_node(self.nodes, self.token_strings, target, role="target")
         return effects.total_effect(self.adjacency, nodes=self.nodes, row=int(self._rows(node)[0]))
+
+    def path_length(self, target: NodeRef | None = None, *, by: str = "influence") -> float:
+        """Return the mean number of features on a path from a token to a target, weighted by the path.
+
+        Args:
+            target: the most probable token by default.
+            by: "influence" (products of normalised edges) or "effect" (products of linear effects).
+
+        Raises:
+            ValueError: another ``by``.
+            GraphError: a target without inputs, or no path from a token.
+            NodeNotFoundError: none, or several.
+        """
+        if target is None:
+            row = self.nodes.row_of(self.best_logit.id)
+        else:
+            node = find_node(self.nodes, self.token_strings, target, role="target")
+            row = int(self._rows(node)[0])
+        assert row is not None
+        return mean_path_length(self.adjacency, nodes=self.nodes, row=row, totals=self.row_totals(), by=by)
 
     def mediation(
         self,

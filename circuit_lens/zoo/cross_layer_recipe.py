@@ -17,12 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
-from circuit_lens.graph.effects import chain_gain
-from circuit_lens.graph.influence import inverse, row_totals
-from circuit_lens.graph.nodes import NodeKind
 from circuit_lens.zoo.corpus import Corpus
 from circuit_lens.zoo.evaluate import DALLAS_PROMPT
 from circuit_lens.zoo.loading import load_model, load_model_from
@@ -68,46 +63,9 @@ class CrossLayerFigures:
     paths: PathLengths
 
 
-def mean_path_length(graph: AttributionGraph, *, by: str = "influence") -> float:
-    """The mean number of features on a path from a token to the most probable answer, weighted by |path|.
-
-    Over all paths p from any token embedding, through features, to the logit with the largest weight: the sum of
-    |p| * (features on p), divided by the sum of |p|. By "influence" |p| is the product of normalised |edges|; by
-    "effect" it is the size of the product of linear effects. A direct edge passes no feature and counts 0. The graph
-    has no cycles, so both sums follow in one sweep over the layers, from the last to the first.
-
-    Raises:
-        ValueError: Another ``by``, or no path at all.
-    """
-    nodes = graph.nodes
-    row = nodes.row_of(graph.best_logit.id)
-    assert row is not None
-    edges: Float[Tensor, "n_rows n_sources"] = graph.adjacency.double().abs()
-    if by == "influence":
-        edges = edges * inverse(row_totals(graph.adjacency, nodes=nodes))[:, None]
-    elif by == "effect":
-        edges = torch.cat([edges[: nodes.n_features] * chain_gain(nodes).abs()[:, None], edges[nodes.n_features :]])
-    else:
-        raise ValueError(f'by must be "influence" or "effect"; given {by!r}')
-    # Of each source: the sum of |p| over its paths to the answer, and of |p| * (features on p, the source left out).
-    weight = edges[row].clone()
-    passed = torch.zeros_like(weight)
-    for group in reversed(nodes.groups):
-        step = edges[group]
-        for part in (slice(0, group.start), slice(nodes.n_features, nodes.n_sources)):
-            onward = weight[group] @ step[:, part]
-            passed[part] += passed[group] @ step[:, part] + onward
-            weight[part] += onward
-    tokens = nodes.kind[: nodes.n_sources] == int(NodeKind.TOKEN)
-    total = float(weight[tokens].sum())
-    if total == 0:
-        raise ValueError("no path leads from a token to the answer in this graph")
-    return float(passed[tokens].sum()) / total
-
-
 def path_lengths(graph: AttributionGraph, prompt: str) -> PathLengths:
     """Both mean path lengths of a graph."""
-    return PathLengths(prompt, mean_path_length(graph), mean_path_length(graph, by="effect"))
+    return PathLengths(prompt, graph.path_length(), graph.path_length(by="effect"))
 
 
 def model_of(workshop: Workshop, name: str, seed: int) -> HookedTransformer:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from circuit_lens.errors import GraphError
 from circuit_lens.graph import AttributionGraph, NodeKind
 from circuit_lens.graph.effects import total_effect, total_effect_by_paths, total_effect_definition
+from circuit_lens.graph.path_lengths import mean_path_length, mean_path_length_definition
 from circuit_lens.graph.paths import strongest_paths, strongest_paths_definition
 from tests.unit.graph.graphs import hand_graph, random_graph
 from tests.unit.graph.test_influence import GRAPHS, MakeGraph
@@ -240,3 +241,27 @@ def test_questions_that_make_no_sense_are_errors_that_say_so() -> None:
         graph.paths("<bos>", "x", k=0)
     with pytest.raises(GraphError, match='by="effect"'):
         graph.paths("<bos>", "x", by="size")
+
+
+@given(SMALL, st.sampled_from(["influence", "effect"]))
+def test_the_mean_path_length_is_that_of_every_path_followed(make: MakeGraph, by: str) -> None:
+    graph = make()
+    row = graph.nodes.n_rows - 1
+    options = {"nodes": graph.nodes, "row": row, "totals": graph.row_totals(), "by": by}
+    try:
+        fast = mean_path_length(graph.adjacency, **options)
+    except GraphError:
+        with pytest.raises(ZeroDivisionError):
+            mean_path_length_definition(graph.adjacency, **options)
+        return
+    assert fast == pytest.approx(mean_path_length_definition(graph.adjacency, **options), rel=1e-9, abs=1e-12)
+    assert 0 <= fast <= len(graph.nodes.groups)
+
+
+def test_a_path_length_has_two_weights_and_no_third() -> None:
+    graph = hand_graph()
+    assert graph.path_length() == pytest.approx(1.3)
+    larger = random_graph(3)
+    assert larger.path_length(by="influence") != pytest.approx(larger.path_length(by="effect"))
+    with pytest.raises(ValueError, match="influence, effect"):
+        graph.path_length(by="weight")
