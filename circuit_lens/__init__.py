@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from circuit_lens import errors as errors
     from circuit_lens import loading as loading
+    from circuit_lens import training as training
     from circuit_lens import zoo as zoo
     from circuit_lens.attribution.replacement import LocalReplacementModel as LocalReplacementModel
     from circuit_lens.attribution.targets import direction as direction
@@ -111,6 +112,7 @@ _MODULES = {
     "errors": "circuit_lens.errors",
     "loading": "circuit_lens.loading",
     "patching": "circuit_lens.interventions.patching",
+    "training": "circuit_lens.training",
     "zoo": "circuit_lens.zoo",
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}

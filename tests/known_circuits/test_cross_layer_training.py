@@ -20,7 +20,6 @@ from safetensors.torch import save_file
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 
 from circuit_lens.dictionaries.cross_layer import CrossLayerTranscoder
-from circuit_lens.graph.nodes import NodeKind
 from circuit_lens.training import checkpoint
 from circuit_lens.training.activations import MlpActivations
 from circuit_lens.training.checkpoint import TrainingError, load_checkpoint
@@ -34,8 +33,6 @@ from circuit_lens.training.cross_layer import (
 from circuit_lens.training.cross_layer_data import as_source, measure_normalisation
 from circuit_lens.training.cross_layer_figures import replacement_figures
 from circuit_lens.training.cross_layer_network import CrossLayerNetwork, jump_relu, kept_by_batch
-from circuit_lens.zoo.cross_layer_recipe import mean_path_length
-from tests.unit.graph.graphs import random_graph
 
 N_LAYERS, D_IN, D_OUT = 3, 6, 5
 HOOKS = {
@@ -772,43 +769,3 @@ def test_the_mlp_itself_as_dictionary_replaces_it_exactly():
     assert abs(wrong.added_loss) > 1e-3
     with pytest.raises(ValueError, match="no token to predict"):
         replacement_figures(model, neurons(torch.arange(16)).dictionaries, tokens, torch.zeros_like(keep))
-
-
-# -------------------------------------------------------------------------------------------------------- path lengths
-
-
-@pytest.mark.parametrize("by", ["influence", "effect"])
-@pytest.mark.parametrize("seed", range(4))
-def test_the_mean_path_length_is_that_of_all_paths(seed, by):
-    graph = random_graph(seed, n_layers=4, n_pos=2, per_group=4, density=0.8)
-    nodes, edges = graph.nodes, graph.adjacency.abs()
-    f, row = nodes.n_features, nodes.row_of(graph.best_logit.id)
-    if by == "influence":
-        counted = [NodeKind.FEATURE, NodeKind.ERROR, NodeKind.TOKEN]
-        columns = [i for i in range(nodes.n_sources) if int(nodes.kind[i]) in list(map(int, counted))]
-        totals = edges[:, columns].sum(1, keepdim=True)
-        edges = torch.where(totals > 0, edges / totals, 0.0)
-    else:
-        edges = torch.cat([edges[:f] / nodes.activation[:f, None].abs(), edges[f:]])
-    found = []
-
-    def walk(target, weight, passed):
-        for source in range(nodes.n_sources):
-            if edges[target, source] == 0:
-                continue
-            onward = weight * float(edges[target, source])
-            if int(nodes.kind[source]) == int(NodeKind.TOKEN):
-                found.append((onward, passed))
-            elif source < f:
-                walk(source, onward, passed + 1)
-
-    walk(row, 1.0, 0)
-    assert len({passed for _, passed in found}) > 2
-    expected = sum(weight * passed for weight, passed in found) / sum(weight for weight, _ in found)
-    assert mean_path_length(graph, by=by) == pytest.approx(expected)
-    assert mean_path_length(graph, by=by) != pytest.approx(sum(passed for _, passed in found) / len(found))
-
-
-def test_path_lengths_are_weighted_in_a_known_way_or_not_at_all():
-    with pytest.raises(ValueError, match="influence"):
-        mean_path_length(random_graph(0), by="length")
