@@ -115,7 +115,9 @@ class FrozenWithSites:
     def _jacobian(self, layer: int) -> Tensor:
         mlp = self.model.blocks[layer].mlp
         with torch.enable_grad():
-            return torch.autograd.functional.jacobian(lambda x: _first(mlp(x[None]))[0], self.clean_mlp[layer][0][0])
+            return torch.as_tensor(
+                torch.autograd.functional.jacobian(lambda x: _first(mlp(x[None]))[0], self.clean_mlp[layer][0][0])
+            )
 
     def run(self, before: dict[str, Tensor], behind: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
         """Return the pre-activations by site, and the demeaned logits, with vectors ``[n_pos, ...]`` added at hooks."""

@@ -241,8 +241,8 @@ class _Points:
     columns: list[int]
 
 
-def _points(sources: Sources, layer: int, *stages: Stage) -> _Points | None:
-    listed = [entry for stage in stages for entry in sources.points_at(layer, stage)]
+def _points(sources: Sources, layer: int, *places: Place) -> _Points | None:
+    listed = [entry for place in places for entry in sources.points_at(layer, place)]
     if not listed:
         return None
     return _Points(torch.stack([p.vectors for _, p in listed], -1), [column for column, _ in listed])

@@ -71,12 +71,13 @@ def added(hand: FrozenWithSites, node: Node) -> dict[str, Tensor] | None:
             name, vector = "hook_embed", hand.clean["hook_embed"][pos]
         case NodeKind.FEATURE:
             assert sae is not None
-            name, vector = site, node.activation * autoencoders.decoder(sae)[node.index]
+            name, vector = site, float(node.activation or 0.0) * autoencoders.decoder(sae)[node.index]
         case NodeKind.ERROR if site in hand.saes:
             x = hand.flat(site, hand.clean)
             name = site
             vector = (x - autoencoders.encode(sae, x) @ autoencoders.decoder(sae) - sae.b_dec)[pos]
         case NodeKind.ERROR if site in hand.transcoders:
+            assert sae is not None
             name, vector = site, (hand.clean[site] - sae(hand.clean[sae.cfg.metadata.hook_name]))[pos]
         case NodeKind.BIAS if node.site.startswith("dictionary hook") or node.site == "dictionary attn.hook_z":
             name = f"blocks.{node.layer}.{node.site.removeprefix('dictionary ')}"
