@@ -1,6 +1,7 @@
 """Validation cards over many prompts: the bundled recipe's three model seeds, the shortcut, and a real small model.
 
     python -m benchmarks.validation_cards --work DIR [--prompts 100] [--stories 24] [--only NAME ...]
+        [--story-dictionaries DIR]
 
 ``DIR`` is where ``python -m circuit_lens.zoo --work DIR`` trained the models of all seeds; without it only the two
 bundled models are measured. The real model (stories260K) is read from the folder that ``CIRCUIT_LENS_DATA`` names, and
@@ -118,6 +119,8 @@ def bundled(work: Path | None) -> Iterator[tuple[str, cl.ReplacementModel]]:
     """The bundled pairs, and those of the other seeds where the work folder has them."""
     yield "capitals", cl.zoo.load("capitals")
     yield "capitals-shortcut", cl.zoo.load("capitals-shortcut")
+    for kind in ("clt", "skip", "sae"):
+        yield f"capitals, {kind}", cl.zoo.load("capitals", kind)
     if work is None:
         return
     workshop = Workshop(work)
@@ -155,6 +158,12 @@ def real_model(data: Path, work: Path | None, n: int) -> tuple[cl.ReplacementMod
     return cl.ReplacementModel(model, dictionaries), list(unseen[:n, :STORY_TOKENS])
 
 
+def real_cross_layer(model: Any, work: Path) -> cl.ReplacementModel | None:
+    """The same model with the cross-layer transcoder that `benchmarks.story_dictionaries` trained, if there is one."""
+    folder = work / "cross_layer" / "dictionary"
+    return cl.ReplacementModel(model, cl.CrossLayerTranscoder.load(folder)) if folder.exists() else None
+
+
 def table(cards: dict[str, ValidationCard]) -> str:
     """One row per figure, one column per model."""
     head = ["figure", *cards]
@@ -167,6 +176,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path)
     parser.add_argument("--prompts", type=int, default=100)
     parser.add_argument("--stories", type=int, default=24)
+    parser.add_argument("--story-dictionaries", type=Path, help="work folder of benchmarks.story_dictionaries")
     parser.add_argument("--only", nargs="*", help="names of models, such as capitals or stories260K")
     given = parser.parse_args()
     torch.set_num_threads(1)
@@ -185,7 +195,11 @@ def main() -> None:
     if data is None:
         print("stories260K is left out: set CIRCUIT_LENS_DATA to the folder that holds real_models/")
     elif not given.only or "stories260K" in given.only:
-        measure("stories260K", *real_model(Path(data), given.work, given.stories))
+        rm, texts = real_model(Path(data), given.work, given.stories)
+        measure("stories260K", rm, texts)
+        crossed = None if given.story_dictionaries is None else real_cross_layer(rm.model, given.story_dictionaries)
+        if crossed is not None:
+            measure("stories260K, clt", crossed, texts)
     place = (given.work or Path(".")) / "cards.json"
     old = json.loads(place.read_text(encoding="utf-8")) if place.exists() else {}
     text = json.dumps(old | {name: card.to_json() for name, card in cards.items()}, ensure_ascii=False, indent=1)

@@ -12,11 +12,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from circuit_lens.attribution.assemble import Columns, lay_out, table
-from circuit_lens.attribution.autograd import FrozenHooks, attention_constants, check_linearity, rows_by_autograd
+from circuit_lens.attribution.autograd import FrozenHooks, attention_constants, rows_by_autograd
 from circuit_lens.attribution.checks import check_reads, check_reconstruction
 from circuit_lens.attribution.collect import collect
 from circuit_lens.attribution.frozen import FrozenModel, freeze
 from circuit_lens.attribution.linear_maps import MapsUnavailableError, ModelWeights
+from circuit_lens.attribution.linearity import check_linearity
 from circuit_lens.attribution.settings import Row, Settings
 from circuit_lens.attribution.sources import ActiveFeatures, Sources
 from circuit_lens.attribution.sweep import Sweep

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from circuit_lens.attribution.autograd import FrozenHooks, check_linearity
+from circuit_lens.attribution.autograd import FrozenHooks
+from circuit_lens.attribution.linearity import check_linearity
 from circuit_lens.errors import CircuitLensError, LinearizationError
 from circuit_lens.replacement_model import ReplacementModel
 from tests import builders
