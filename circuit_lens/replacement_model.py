@@ -58,7 +58,7 @@ class ReplacementModel:
     """
 
     def __init__(
-        self, model: HookedModel, dictionaries: Iterable[Any], *, label: FeatureLabel = lambda site, layer, index: ""
+        self, model: HookedModel, dictionaries: Any, *, label: FeatureLabel = lambda site, layer, index: ""
     ) -> None:
         self.binding: Binding = bind(model, dictionaries)
         self._probe = probe(self.binding.model)
