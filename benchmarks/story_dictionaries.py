@@ -23,11 +23,11 @@ from jaxtyping import Bool, Int
 from sae_lens import SAE
 from torch import Tensor
 
-from circuit_lens.dictionaries.adapt import adapt
+from circuit_lens.dictionaries.binding import bind
 from circuit_lens.dictionaries.cross_layer import CrossLayerTranscoder
 from circuit_lens.training import MlpActivations, TranscoderSettings, mlp_activations, train_transcoder
 from circuit_lens.training.cross_layer import DICTIONARY_FOLDER, CrossLayerSettings, train_cross_layer
-from circuit_lens.training.cross_layer_figures import ReplacementFigures, replacement_figures
+from circuit_lens.zoo.set_figures import ReplacementFigures, replacement_figures
 from tests.stories import BOS, stories
 
 HELD_OUT = 100
@@ -108,15 +108,15 @@ def main() -> None:
     single = TranscoderSettings(d_sae=given.features, k=given.k, steps=given.steps)
     crossed = replace(CrossLayerSettings(), d_sae=given.features, k=given.k, per_layer=True, steps=given.steps)
     kinds = {
-        "per-layer transcoders": lambda: [adapt(d) for d in per_layer(activations, single, given.work)],
-        "cross-layer transcoder": lambda: cross_layer(activations, crossed, given.work).dictionaries,
+        "per-layer transcoders": lambda: per_layer(activations, single, given.work),
+        "cross-layer transcoder": lambda: [cross_layer(activations, crossed, given.work)],
     }
     found = {}
     for name, make in kinds.items():
         started = time.perf_counter()
         dictionaries = make()
         seconds = time.perf_counter() - started
-        figures = replacement_figures(model, dictionaries, tokens[-HELD_OUT:], keep[-HELD_OUT:], batch=10)
+        figures = replacement_figures(bind(model, dictionaries), tokens[-HELD_OUT:], keep[-HELD_OUT:])
         report(name, figures, seconds)
         found[name] = asdict(figures) | {"seconds": round(seconds)}
     found["settings"] = {"transcoders": asdict(single), "cross_layer": asdict(crossed)}

@@ -12,7 +12,8 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("build/zoo"), help="folder for what is being made")
     arguments = parser.parse_args()
 
-    from circuit_lens.zoo.recipe import Workshop, make_everything
+    from circuit_lens.zoo.everything import make_everything
+    from circuit_lens.zoo.recipe import Workshop
 
     def say(line: str) -> None:
         print(line, flush=True)

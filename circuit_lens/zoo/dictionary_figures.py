@@ -1,4 +1,4 @@
-"""How well transcoders stand in for a bundled model's MLPs, and whether an answer runs through their features."""
+"""How well transcoders stand in for a bundled model's MLPs; and whether an answer runs through features of any kind."""
 
 from __future__ import annotations
 
@@ -6,16 +6,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import einops
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 
+from circuit_lens.dictionaries.attach import feature_acts
+from circuit_lens.dictionaries.binding import bind
 from circuit_lens.training.activations import mlp_activations
 from circuit_lens.zoo.batches import HeldOutText
 from circuit_lens.zoo.corpus import Corpus
-from circuit_lens.zoo.evaluate import DALLAS_PROMPT, NEUTRAL_PROMPT, padded, token_ids, token_strings
+from circuit_lens.zoo.evaluate import DALLAS_PROMPT, NEUTRAL_PROMPT, padded, token_ids
 from circuit_lens.zoo.tokenizer import BOS_ID, PAD_ID
 
 if TYPE_CHECKING:
@@ -42,9 +43,9 @@ class LayerFigures:
 class Mediation:
     """The linear effect of one token's embedding on an answer's logit, and the shares that run through supernodes.
 
-    ``effect`` in units of the demeaned logit; ``share`` through the true state's supernode; ``control`` through
-    `CONTROL_STATE`'s; ``others_max`` and ``others_mean`` over all states but the true one; ``members`` are the
-    (layer, index) of the supernode's features that are active on the prompt.
+    ``effect`` in units of the demeaned logit, over all paths through features; ``share`` through the true state's
+    supernode; ``control`` through `CONTROL_STATE`'s; ``others_max`` and ``others_mean`` over all states but the true
+    one; ``members`` are the (layer, index) of the supernode's features that are active on the prompt.
     """
 
     effect: float
@@ -162,68 +163,38 @@ def text_loss(
 
 @torch.no_grad()
 def active_features(
-    model: HookedTransformer, dictionaries: Sequence[SAE[Any]], texts: Sequence[Sequence[str]]
-) -> Bool[Tensor, "text layer d_sae"]:
-    """Which features are active at the last token of each text."""
+    model: HookedTransformer, dictionaries: Sequence[Any], texts: Sequence[Sequence[str]]
+) -> dict[str, Bool[Tensor, "text d_sae"]]:
+    """Which features are active at the last token of each text, by the dictionaries' sites."""
+    binding = bind(model, dictionaries)
     rows = padded([token_ids(model, text) for text in texts])
-    hooks = [dictionary.cfg.metadata.hook_name for dictionary in dictionaries]
-    _, cache = model.run_with_cache(rows, names_filter=hooks)
+    _, cache = model.run_with_cache(rows, names_filter=[d.hook_in for d in binding.dictionaries])
     last = torch.tensor([len(text) for text in texts])
-    every = torch.arange(len(texts))
-    return torch.stack([d.encode(cache[hook][every, last]) > 0 for d, hook in zip(dictionaries, hooks, strict=True)], 1)
+    return {site: acts[torch.arange(len(texts)), last] > 0 for site, acts in feature_acts(binding, cache).items()}
 
 
 def state_supernodes(
-    model: HookedTransformer, dictionaries: Sequence[SAE[Any]], corpus: Corpus
-) -> dict[str, Bool[Tensor, "layer d_sae"]]:
-    """For each American state, the features that detect it at a city's position on a neutral prompt.
+    model: HookedTransformer, dictionaries: Sequence[Any], corpus: Corpus
+) -> dict[str, dict[str, Bool[Tensor, " d_sae"]]]:
+    """For each American state, the features of each site that detect it at a city's position on a neutral prompt.
 
     Active on at least `IN_STATE` of the state's cities and at most `OUT_OF_STATE` of the other states' cities.
     """
     cities = [city for city in corpus.cities if city.place.kind == "state"]
-    active = active_features(model, dictionaries, [[*NEUTRAL_PROMPT.split(), city.name] for city in cities]).float()
+    active = active_features(model, dictionaries, [[*NEUTRAL_PROMPT.split(), city.name] for city in cities])
     supernodes = {}
     for state in dict.fromkeys(city.place.name for city in cities):
         inside = torch.tensor([city.place.name == state for city in cities])
-        supernodes[state] = (active[inside].mean(0) >= IN_STATE) & (active[~inside].mean(0) <= OUT_OF_STATE)
+        supernodes[state] = {
+            site: (found[inside].float().mean(0) >= IN_STATE) & (found[~inside].float().mean(0) <= OUT_OF_STATE)
+            for site, found in active.items()
+        }
     return supernodes
 
 
-@torch.no_grad()
-def frozen_effect(
-    model: HookedTransformer,
-    dictionaries: Sequence[SAE[Any]],
-    tokens: Int[Tensor, " pos"],
-    *,
-    source: int,
-    direction: Float[Tensor, " d_model"],
-    allowed: Bool[Tensor, "layer pos d_sae"],
-) -> float:
-    """The linear effect of the token embedding at ``source`` on ``direction`` of the last position's final norm output.
-
-    Attention patterns, norm scales and the set of active features are those of the model's run on ``tokens``; features
-    outside ``allowed`` pass nothing on. Follows the embedding forward through the frozen model, one layer at a time.
-    """
-    _, cache = model.run_with_cache(tokens[None])
-    stream = torch.zeros(len(tokens), model.cfg.d_model)
-    stream[source] = cache["hook_embed"][0, source]
-    for layer, dictionary in enumerate(dictionaries):
-        block = model.blocks[layer]
-        read = stream / cache[f"blocks.{layer}.ln1.hook_scale"][0]
-        value = einops.einsum(read, block.attn.W_V, "key d_model, head d_model d_head -> head key d_head")
-        pattern = cache[f"blocks.{layer}.attn.hook_pattern"][0]
-        mixed = einops.einsum(pattern, value, "head pos key, head key d_head -> pos head d_head")
-        stream = stream + einops.einsum(mixed, block.attn.W_O, "pos head d_head, head d_head d_model -> pos d_model")
-        read = stream / cache[f"blocks.{layer}.ln2.hook_scale"][0]
-        active = dictionary.encode(cache[f"blocks.{layer}.ln2.hook_normalized"][0]) > 0
-        stream = stream + ((read @ dictionary.W_enc) * active * allowed[layer]) @ dictionary.W_dec
-    return float(stream[-1] / cache["ln_final.hook_scale"][0, -1] @ direction)
-
-
-@torch.no_grad()
 def mediation(
     model: HookedTransformer,
-    dictionaries: Sequence[SAE[Any]],
+    dictionaries: Sequence[Any],
     corpus: Corpus,
     *,
     prompt: str = DALLAS_PROMPT,
@@ -231,31 +202,30 @@ def mediation(
     state: str = "Texas",
     answer: str = "Austin",
 ) -> Mediation:
-    """How much of the effect of ``city`` on the logit of ``answer`` runs through ``state``'s features at the city."""
-    tokens = model.to_tokens(prompt)[0]
-    source = tokens.tolist().index(token_ids(model, [city])[0])
-    direction = model.W_U[:, token_ids(model, [answer])[0]] - model.W_U.mean(-1)
-    supernodes = state_supernodes(model, dictionaries, corpus)
-    everything = torch.ones(len(dictionaries), len(tokens), dictionaries[0].cfg.d_sae, dtype=torch.bool)
+    """How much of the effect of ``city`` on the logit of ``answer`` runs through ``state``'s features at the city.
 
-    def effect(blocked: Tensor | None) -> float:
-        allowed = everything.clone()
-        if blocked is not None:
-            allowed[:, source] &= ~blocked
-        return frozen_effect(model, dictionaries, tokens, source=source, direction=direction, allowed=allowed)
+    The linear effect in the attribution graph of the prompt, where attention patterns, norm scales, errors and the set
+    of active features are those of the run (`AttributionGraph.mediation`); any dictionaries that can be attributed.
+    """
+    from circuit_lens.replacement_model import ReplacementModel
 
-    whole = effect(None)
-    shares = {name: 1 - effect(members) / whole for name, members in supernodes.items()}
+    graph = ReplacementModel(model, dictionaries).attribute(prompt, targets=[answer], progress=False)
+    (source,) = graph.find(city, role="source")
+    here = [node for node in graph.find(range(graph.nodes.n_features)) if node.pos == source.pos]
+    shares, members = {}, {}
+    for name, masks in state_supernodes(model, dictionaries, corpus).items():
+        members[name] = [node for node in here if bool(masks[node.site][node.index])]
+        # A state without active features mediates nothing; `graph.mediation` wants at least one.
+        through = members[name]
+        shares[name] = graph.mediation(source, graph.best_logit, through=through).share if through else 0.0
     others = [share for name, share in shares.items() if name != state]
-    words = token_strings(model, tokens.tolist())[1 : source + 1]
-    present = active_features(model, dictionaries, [words])[0] & supernodes[state]
     return Mediation(
-        effect=whole,
+        effect=float(graph.total_effect(graph.best_logit)[source.id]),
         share=shares[state],
         control=shares[CONTROL_STATE],
         others_max=max(others),
         others_mean=sum(others) / len(others),
-        members=tuple((int(layer), int(index)) for layer, index in present.nonzero()),
+        members=tuple((node.layer, node.index) for node in members[state]),
     )
 
 

@@ -6,6 +6,7 @@ form in training (`circuit_lens.zoo.corpus`).
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -245,6 +246,28 @@ def next_tokens(model: HookedTransformer, prompt: str, k: int = 5) -> tuple[tupl
     """The ``k`` most probable next tokens with their probabilities."""
     top = model(model.to_tokens(prompt))[0, -1].softmax(-1).topk(k)
     return tuple(zip(token_strings(model, top.indices.tolist()), top.values.tolist(), strict=True))
+
+
+def held_out_prompts(corpus: Corpus, n: int, seed: int = 0) -> list[str]:
+    """Questions about held-out cities (seven in ten) and held-out opposites, drawn from all of them."""
+    cities = [city for city in corpus.cities if city.name in corpus.hard_cities]
+    hops = [
+        corpus.two_hop_about(city, relation, template)
+        for city in cities
+        for relation in city.place.relations
+        for template in templates.TWO_HOP
+    ]
+    opposites = [
+        corpus.antonym_about(pair, side, language, template)
+        for pair in corpus.antonyms
+        for language in LANGUAGES
+        if (language, pair.index) in corpus.held_antonyms
+        for side in (0, 1)
+        for template in templates.ANTONYM[language]
+    ]
+    draw, n_hops = random.Random(seed), round(0.7 * n)
+    chosen = draw.sample(hops, n_hops) + draw.sample(opposites, n - n_hops)
+    return [" ".join(sentence.question[0]) for sentence in chosen]
 
 
 def measure_behaviour(model: HookedTransformer, corpus: Corpus) -> Behaviour:

@@ -2,7 +2,10 @@
 
 work/models/<name>-<seed>/            the model as it ships (float16 weights, JSON)
 work/dictionaries/<name>-<seed>-<n>/  its transcoders as they ship, one SAELens folder per hook
+work/features/<key>.safetensors       what is known about features, as it ships
 work/figures/<key>.json               the figures, measured on what ships
+
+Dictionaries of other kinds: `cross_layer_recipe` and `sae_recipe`. All of it in order: `everything`.
 
 A folder is written beside its place and renamed when it is complete, so an interrupted run loses the artefact it was
 making and nothing else.
@@ -14,20 +17,18 @@ import json
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors.torch import load_file, save_file
 
 from circuit_lens.zoo.batches import HeldOutText, held_out_text
 from circuit_lens.zoo.corpus import Corpus
 from circuit_lens.zoo.loading import (
     ASSETS,
-    DEFAULT_SET,
     DICTIONARIES,
     FEATURE_INFO_FILE,
     load_dictionaries_from,
@@ -67,7 +68,7 @@ def transcoder_settings() -> TranscoderSettings:
 
 
 @contextmanager
-def _new_folder(place: Path) -> Iterator[Path]:
+def new_folder(place: Path) -> Iterator[Path]:
     """A folder that appears at ``place`` when the block ends without an exception."""
     place.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=place.parent, prefix=f".{place.name}.") as temporary:
@@ -116,7 +117,7 @@ class Workshop:
 
         model = train_model(corpus, vocabulary, settings, seed=seed, progress=progress)
         provenance = {"seed": seed, "settings": asdict(settings), "seconds": round(time.perf_counter() - started)}
-        with _new_folder(folder) as place:
+        with new_folder(folder) as place:
             save_model(place, model.shape, hooked_state(model), vocabulary, name=name, provenance=provenance)
         return folder
 
@@ -130,7 +131,7 @@ class Workshop:
             return folder
         model = load_model_from(self.model_folder(name, seed))
         text = self.text(corpus, DICTIONARY_TOKENS, DICTIONARY_TEXT + dictionary_seed)
-        with _new_folder(folder) as place:
+        with new_folder(folder) as place:
             for layer in range(model.cfg.n_layers):
                 started = time.perf_counter()
                 (data,) = mlp_activations(model, text.rows.tokens, text.rows.real, layers=[layer])
@@ -180,54 +181,37 @@ class Workshop:
         )
         return behaviour, figures
 
-    def ship(self, corpus: Corpus, name: str, seed: int, dictionary_seed: int, assets: Path = ASSETS) -> Path:
-        """Copy a model and one set of its transcoders into the package, with their feature information."""
+    def make_features(self, corpus: Corpus, name: str, seed: int, dictionaries: Path, key: str) -> Path:
+        """The file of feature information of the dictionaries in a folder; ``key`` names it."""
         from circuit_lens.zoo.feature_information import feature_information
 
+        path = self.work / "features" / f"{name}-{seed}-{key}.safetensors"
+        if path.exists():
+            return path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        feature_information(
+            load_model_from(self.model_folder(name, seed)),
+            load_dictionaries_from(dictionaries),
+            self.text(corpus, FEATURES_TOKENS, FEATURES_TEXT),
+            build_vocabulary(corpus.words()),
+            description=f"held-out text of the generator, seed {FEATURES_TEXT}",
+        ).save(path)
+        self.say(f"{name} seed {seed}: feature information {key}")
+        return path
+
+    def ship(
+        self, name: str, seed: int, sets: Mapping[str, Path], features: Mapping[str, Path], assets: Path = ASSETS
+    ) -> Path:
+        """Copy a model, its sets of dictionaries and what is known of their features into the package."""
         place = assets / name
-        with _new_folder(place) as new:
+        with new_folder(place) as new:
             new.chmod(0o755)
             shutil.copytree(self.model_folder(name, seed), new, dirs_exist_ok=True)
-            target = new / DICTIONARIES / DEFAULT_SET
-            shutil.copytree(self.dictionaries_folder(name, seed, dictionary_seed), target)
-            model, dictionaries = load_model_from(new), load_dictionaries_from(target)
-            text = self.text(corpus, FEATURES_TOKENS, FEATURES_TEXT)
-            table = feature_information(
-                model,
-                dictionaries,
-                text,
-                build_vocabulary(corpus.words()),
-                description=f"held-out text of the generator, seed {FEATURES_TEXT}",
-            )
-            table.save(target / FEATURE_INFO_FILE)
+            for one, folder in sets.items():
+                shutil.copytree(folder, new / DICTIONARIES / one)
+            for one, path in features.items():
+                shutil.copyfile(path, new / DICTIONARIES / one / FEATURE_INFO_FILE)
             for path in new.rglob("*"):
                 path.chmod(0o755 if path.is_dir() else 0o644)
-        self.say(f"shipped {name}: model seed {seed}, dictionary seed {dictionary_seed}")
+        self.say(f"shipped {name}: model seed {seed}, {', '.join(sets)}")
         return place
-
-
-def make_everything(workshop: Workshop, runs: tuple[tuple[str, int, tuple[int, ...]], ...] = RUNS) -> None:
-    """Train, measure, choose, ship, report."""
-    from circuit_lens.zoo.report import Measured, choose, write_report
-
-    torch.set_num_threads(1)
-    corpus = Corpus()
-    measured: list[Measured] = []
-    for name, seed, dictionary_seeds in runs:
-        workshop.make_model(corpus, name, seed)
-        for dictionary_seed in dictionary_seeds:
-            workshop.make_dictionaries(corpus, name, seed, dictionary_seed)
-            behaviour, figures = workshop.measure(corpus, name, seed, dictionary_seed)
-            measured.append(Measured(name, seed, dictionary_seed, behaviour, figures))
-            workshop.say(measured[-1].summary())
-    shipped = {name: choose(measured, name) for name in dict.fromkeys(name for name, _, _ in runs)}
-    for name, pair in shipped.items():
-        workshop.ship(corpus, name, pair.seed, pair.dictionary_seed)
-    path = write_report(
-        measured,
-        shipped,
-        settings=MODELS[CAPITALS],
-        transcoders=transcoder_settings(),
-        dictionary_tokens=DICTIONARY_TOKENS,
-    )
-    workshop.say(f"wrote {path}")

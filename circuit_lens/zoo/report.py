@@ -9,6 +9,8 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from circuit_lens.zoo.loading import ASSETS, DICTIONARIES
+from circuit_lens.zoo.markdown import table
+from circuit_lens.zoo.report_sets import MeasuredSets, sets_sections
 
 if TYPE_CHECKING:
     from circuit_lens.training.transcoder import TranscoderSettings
@@ -102,11 +104,6 @@ def choose(measured: Iterable[Measured], name: str) -> Measured:
     )
 
 
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
-    return [*lines, *("| " + " | ".join(row) + " |" for row in rows), ""]
-
-
 def _column(pair: Measured) -> str:
     return f"{pair.seed}/{pair.dictionary_seed}"
 
@@ -117,7 +114,7 @@ def _targets_table(pairs: Sequence[Measured]) -> list[str]:
     for name in names:
         cells = [pair.targets()[name] for pair in pairs]
         rows.append([name, *(f"{figure:.3f}" + ("" if met else " ✗") for figure, met in cells)])
-    return _table(["model seed / dictionary seed", *(_column(pair) for pair in pairs)], rows)
+    return table(["model seed / dictionary seed", *(_column(pair) for pair in pairs)], rows)
 
 
 def _layers_table(pairs: Sequence[Measured]) -> list[str]:
@@ -137,7 +134,7 @@ def _layers_table(pairs: Sequence[Measured]) -> list[str]:
         for pair in pairs
     ]
     header = ["seeds", "explained variance", "active per token", "dead share", "loss", "MLPs replaced", "MLPs zeroed"]
-    return _table(header, rows)
+    return table(header, rows)
 
 
 def _mediation_table(pairs: Sequence[Measured]) -> list[str]:
@@ -148,7 +145,7 @@ def _mediation_table(pairs: Sequence[Measured]) -> list[str]:
         members = ", ".join(f"L{layer} #{index}" for layer, index in found["members"])
         rows.append([_column(pair), *(f"{value:.3f}" for value in values), members or "none"])
     header = ["seeds", "effect (logit)", "through Texas", "California", "other states, mean", "largest", "members"]
-    return _table(header, rows)
+    return table(header, rows)
 
 
 def _behaviour_table(pairs: Sequence[Measured]) -> list[str]:
@@ -168,7 +165,7 @@ def _behaviour_table(pairs: Sequence[Measured]) -> list[str]:
         rows.append([f"names, patched at the {depth}" if number == 0 else f"names, patched {depth}", *cells])
     cells = [f"{share(behaviour['people_unpatched']):.3f}" for behaviour in by_seed.values()]
     rows.append(["names, written out in the description prompt", *cells])
-    return _table(["share right, by model seed", *(str(seed) for seed in by_seed)], rows)
+    return table(["share right, by model seed", *(str(seed) for seed in by_seed)], rows)
 
 
 def _budget_table(assets: Path) -> list[str]:
@@ -177,15 +174,17 @@ def _budget_table(assets: Path) -> list[str]:
         parts = {"model": [p for p in model.iterdir() if p.is_file()]}
         for folder in sorted((model / DICTIONARIES).iterdir()):
             files = [path for path in folder.rglob("*") if path.is_file()]
-            parts[f"{folder.name}: weights"] = [path for path in files if path.parent != folder]
-            parts[f"{folder.name}: feature information"] = [path for path in files if path.parent == folder]
+            parts[f"`{folder.name}`: weights"] = [path for path in files if path.parent != folder]
+            described = [path for path in files if path.parent == folder]
+            if described:
+                parts[f"`{folder.name}`: feature information"] = described
         for name, files in parts.items():
             size = sum(path.stat().st_size for path in files)
             total += size
             rows.append([model.name, name, f"{size:,}"])
     rows.append(["**all**", "", f"**{total:,}**"])
     rows.append(["left of the budget", "", f"{BUDGET_BYTES - total:,} of {BUDGET_BYTES:,}"])
-    return _table(["model", "part", "bytes on disk"], rows)
+    return table(["model", "part", "bytes on disk"], rows)
 
 
 _INTRODUCTION = """# The bundled models: how they were made, and what they can do
@@ -244,13 +243,14 @@ def write_report(
     settings: TrainingSettings,
     transcoders: TranscoderSettings,
     dictionary_tokens: int,
+    sets: MeasuredSets | None = None,
     path: Path = REPORT,
     assets: Path = ASSETS,
 ) -> Path:
     """Write the report as Markdown and return where it was written.
 
     ``settings`` and ``transcoders`` are those of `capitals`; ``dictionary_tokens`` is the length of the text its
-    transcoders were trained on.
+    transcoders were trained on; ``sets``: figures of its other dictionaries.
     """
     capitals = [pair for pair in measured if pair.name == CAPITALS]
     shortcut = [pair for pair in measured if pair.name == SHORTCUT]
@@ -274,7 +274,7 @@ def write_report(
         "",
         *_targets_table(capitals),
         *_behaviour_table(capitals),
-        "## Transcoders: `capitals`",
+        "## Transcoders: `plt` of `capitals`, all seeds",
         "",
         *_layers_table(capitals),
         "The linear effect of the embedding of Dallas on the logit of Austin, with attention patterns, norm scales and "
@@ -283,6 +283,7 @@ def write_report(
         "",
         *_mediation_table(capitals),
     ]
+    lines += sets_sections(sets) if sets else []
     if shortcut:
         lines += [
             "## The negative control: `capitals-shortcut`",

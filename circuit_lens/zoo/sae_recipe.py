@@ -1,7 +1,7 @@
 """How the bundled SAEs and skip transcoders are made: each set from seeds, skipped if the work folder has it already.
 
 work/saes/<name>-<seed>-<n>/<set>/<hook>/   a set as it ships, one SAELens folder per hook
-work/figures/saes-<name>-<seed>-<n>.json    the figures, measured on what ships
+work/figures/<name>-<seed>-<n>-saes.json    the figures, measured on what ships
 
 The sets: ``sae`` (the residual stream after every layer), ``sae-256`` and ``sae-1600`` (the one of layer 1, smaller and
 larger, for the study of how features split), ``sae-mlp-in`` and ``sae-mlp-out`` (before and after the MLP of layer 1,
@@ -10,7 +10,6 @@ as large as the bundled transcoder), and ``skip`` (skip transcoders of all MLPs)
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,16 +22,15 @@ from jaxtyping import Int
 from torch import Tensor
 
 from circuit_lens.zoo.corpus import Corpus
-from circuit_lens.zoo.loading import DICTIONARIES, load_dictionaries_from, load_model_from
+from circuit_lens.zoo.loading import load_dictionaries_from, load_model_from
 from circuit_lens.zoo.recipe import (
-    CAPITALS,
     DICTIONARY_TEXT,
     DICTIONARY_TOKENS,
     FIGURES_TEXT,
     FIGURES_TOKENS,
     Workshop,
-    _new_folder,
     halve_weights,
+    new_folder,
     transcoder_settings,
 )
 from circuit_lens.zoo.tokenizer import PAD_ID
@@ -46,8 +44,9 @@ if TYPE_CHECKING:
     from circuit_lens.zoo.batches import HeldOutText
 
 N_LAYERS, MIDDLE, SIZE = 4, 1, 640
+SMALL, LARGE = 256, 1600
 RESIDUAL, MLP_IN, MLP_OUT = "blocks.{}.hook_resid_post", "blocks.{}.ln2.hook_normalized", "blocks.{}.hook_mlp_out"
-SKIP = "skip"
+SAE_SET, SKIP = "sae", "skip"
 BATCH = 64
 
 
@@ -61,9 +60,9 @@ class SaePlan:
 
 
 SAES: tuple[SaePlan, ...] = (
-    *(SaePlan("sae", RESIDUAL.format(layer), SIZE) for layer in range(N_LAYERS)),
-    SaePlan("sae-256", RESIDUAL.format(MIDDLE), 256),
-    SaePlan("sae-1600", RESIDUAL.format(MIDDLE), 1600),
+    *(SaePlan(SAE_SET, RESIDUAL.format(layer), SIZE) for layer in range(N_LAYERS)),
+    SaePlan(f"sae-{SMALL}", RESIDUAL.format(MIDDLE), SMALL),
+    SaePlan(f"sae-{LARGE}", RESIDUAL.format(MIDDLE), LARGE),
     SaePlan("sae-mlp-in", MLP_IN.format(MIDDLE), SIZE),
     SaePlan("sae-mlp-out", MLP_OUT.format(MIDDLE), SIZE),
 )
@@ -74,8 +73,9 @@ def sae_settings(d_sae: int) -> SaeSettings:
     """The settings of every bundled SAE of this size."""
     from circuit_lens.training.sae import SaeSettings
 
-    # More features die while many compete for the same tokens, so the largest is revived more strongly.
-    return SaeSettings(d_sae=d_sae, k=11.0, steps=700, auxiliary=0.5 if d_sae > SIZE else 0.25, dead_window=20)
+    # More features die while many compete for the same tokens: the largest is revived more strongly, and for longer.
+    steps, auxiliary = (1400, 0.5) if d_sae > SIZE else (700, 0.25)
+    return SaeSettings(d_sae=d_sae, k=11.0, steps=steps, auxiliary=auxiliary, dead_window=20)
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +140,7 @@ def make_saes(workshop: Workshop, corpus: Corpus, name: str, seed: int, dictiona
         return collect_activations(model, rows, hooks, memory=2**31, rows_at_once=BATCH)
 
     for one in missing:
-        with _new_folder(folder / one) as place:
+        with new_folder(folder / one) as place:
             if one == SKIP:
                 _train_skip(workshop, activations, names, place, dictionary_seed)
             else:
@@ -238,7 +238,7 @@ def _hooks_of(dictionary: SAE[Any]) -> tuple[str, str]:
     return read, str(dictionary.cfg.metadata.hook_name_out or read)
 
 
-def measure_saes(model: HookedTransformer, folder: Path, text: HeldOutText) -> SaeFigures:
+def figures_of_saes(model: HookedTransformer, folder: Path, text: HeldOutText) -> SaeFigures:
     """All figures of the sets in a folder."""
     from circuit_lens.training.data_collect import collect_activations
     from circuit_lens.training.data_figures import measure_fit
@@ -267,16 +267,12 @@ def measure_saes(model: HookedTransformer, folder: Path, text: HeldOutText) -> S
     )
 
 
-def ship_saes(workshop: Workshop, corpus: Corpus, assets: Path, seed: int, dictionary_seed: int) -> dict[str, Any]:
-    """Make, measure and copy every set into ``assets/<name>/dictionaries/<set>``; return the figures."""
-    folder = make_saes(workshop, corpus, CAPITALS, seed, dictionary_seed)
-    model = load_model_from(workshop.model_folder(CAPITALS, seed))
-    text = workshop.text(corpus, FIGURES_TOKENS, FIGURES_TEXT)
-    figures = workshop.figures(f"saes-{CAPITALS}-{seed}-{dictionary_seed}", lambda: measure_saes(model, folder, text))
-    for one in SETS:
-        with _new_folder(assets / CAPITALS / DICTIONARIES / one) as new:
-            new.chmod(0o755)
-            shutil.copytree(folder / one, new, dirs_exist_ok=True)
-            for path in new.rglob("*"):
-                path.chmod(0o755 if path.is_dir() else 0o644)
-    return figures
+def measure_saes(workshop: Workshop, corpus: Corpus, name: str, seed: int, dictionary_seed: int) -> dict[str, Any]:
+    """The figures of every set, as JSON data, on the text that the transcoders' figures are measured on."""
+
+    def measure() -> SaeFigures:
+        model = load_model_from(workshop.model_folder(name, seed))
+        folder = make_saes(workshop, corpus, name, seed, dictionary_seed)
+        return figures_of_saes(model, folder, workshop.text(corpus, FIGURES_TOKENS, FIGURES_TEXT))
+
+    return workshop.figures(f"{name}-{seed}-{dictionary_seed}-saes", measure)

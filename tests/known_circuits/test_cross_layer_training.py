@@ -17,7 +17,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
-from transformer_lens import HookedTransformer, HookedTransformerConfig
 
 from circuit_lens.dictionaries.cross_layer import CrossLayerTranscoder
 from circuit_lens.training import checkpoint
@@ -31,7 +30,6 @@ from circuit_lens.training.cross_layer import (
     train_cross_layer,
 )
 from circuit_lens.training.cross_layer_data import as_source, measure_normalisation
-from circuit_lens.training.cross_layer_figures import replacement_figures
 from circuit_lens.training.cross_layer_network import CrossLayerNetwork, jump_relu, kept_by_batch
 
 N_LAYERS, D_IN, D_OUT = 3, 6, 5
@@ -718,54 +716,3 @@ def test_the_bar_tells_the_losses_and_can_be_silent(capsys):
     assert all(word in shown for word in ("loss=", "L0=", "EV=", "dead=", "12/12"))
     train()
     assert capsys.readouterr().err == ""
-
-
-# ------------------------------------------------------------------------------------------------------------ figures
-
-
-def test_the_mlp_itself_as_dictionary_replaces_it_exactly():
-    config = HookedTransformerConfig(
-        n_layers=2, d_model=8, n_ctx=12, d_head=4, n_heads=2, d_mlp=16, d_vocab=20, act_fn="relu",
-        normalization_type="LNPre", seed=0, device="cpu", dtype=torch.float64,
-    )  # fmt: skip
-    model = HookedTransformer(config)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
-    tokens = torch.randint(0, 20, (9, 12), generator=generator)
-    keep = torch.rand(9, 12, generator=generator) < 0.8
-    keep[:, 0] = False
-
-    def neurons(order):
-        blocks = [block.mlp for block in model.blocks]
-        zeros = torch.zeros(16, 1, 8, dtype=torch.float64)
-        return CrossLayerTranscoder(
-            W_enc=[mlp.W_in.detach() for mlp in blocks],
-            b_enc=[mlp.b_in.detach() for mlp in blocks],
-            W_dec=[torch.cat([blocks[0].W_out[order, None], zeros], 1).detach(), blocks[1].W_out[:, None].detach()],
-            b_dec=[mlp.b_out.detach() for mlp in blocks],
-            hook_in=[f"blocks.{layer}.ln2.hook_normalized" for layer in (0, 1)],
-            hook_out=[f"blocks.{layer}.hook_mlp_out" for layer in (0, 1)],
-        )
-
-    found = replacement_figures(model, neurons(torch.arange(16)).dictionaries, tokens, keep, batch=4)
-    assert found.n_tokens == int(keep[:, 1:].sum())
-    assert found.added_loss == pytest.approx(0, abs=1e-12)
-    with torch.no_grad():
-        losses = model(tokens, return_type="loss", loss_per_token=True)
-        _, cache = model.run_with_cache(tokens)
-        silent = [(f"blocks.{i}.hook_mlp_out", lambda v, hook: torch.where(keep[..., None], 0.0, v)) for i in (0, 1)]
-        zeroed = model.run_with_hooks(tokens, fwd_hooks=silent, return_type="loss", loss_per_token=True)
-    assert found.loss == pytest.approx(float(losses[keep[:, 1:]].mean()), abs=1e-12)
-    assert found.loss_zeroed == pytest.approx(float(zeroed[keep[:, 1:]].mean()), abs=1e-12)
-    for layer, figures in enumerate(found.layers):
-        active = cache[f"blocks.{layer}.mlp.hook_post"][keep] > 0
-        assert figures.explained_variance == pytest.approx(1, abs=1e-12)
-        assert figures.l0 == pytest.approx(float(active.double().sum(-1).mean()))
-        assert figures.dead == pytest.approx(float((~active.any(0)).double().mean()))
-    wrong = replacement_figures(model, neurons(torch.arange(16).roll(1)).dictionaries, tokens, keep)
-    assert wrong.layers[0].explained_variance < 0.5
-    assert abs(wrong.added_loss) > 1e-3
-    with pytest.raises(ValueError, match="no token to predict"):
-        replacement_figures(model, neurons(torch.arange(16)).dictionaries, tokens, torch.zeros_like(keep))
