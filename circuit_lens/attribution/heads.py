@@ -76,7 +76,9 @@ def head_loadings(local: LocalReplacementModel, source: Any, target: Any) -> Hea
     if targets.spread:
         at = {p: g for p, g in enumerate(pull_back_spread(frozen, targets, 0)) if bool(g.any())}
     elif place in (Place.HEADS_READ, Place.ATTENTION_READ, Place.MLP_OUT_READ):
-        at = {int(targets.pos[0]): targets.vectors[0]}
+        attention = frozen.attention[0]
+        width = attention.n_heads * attention.d_head if place is Place.HEADS_READ else frozen.tokens.shape[1]
+        at = {int(targets.pos[0]): targets.vectors[0, :width]}
     else:
         at = {int(targets.pos[0]): pull_back(frozen, targets, [0], int(targets.pos[0]))[0]}
     n_heads = frozen.attention[0].n_heads

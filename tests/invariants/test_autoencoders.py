@@ -180,3 +180,27 @@ def test_the_arithmetic_is_saelens(kind, hook, apply_b_dec, rescale):
     thresholds = d.thresholds()
     if thresholds is not None:
         assert torch.equal(acts != 0, pre > thresholds)
+
+
+@pytest.mark.parametrize(
+    ("name", "mix"),
+    [("gpt2", "all in one layer"), ("gemma2", "attention"), ("pythia", "mlp out"), ("qwen3", "both in one attention")],
+)
+def test_heads_and_bypass_add_up_to_the_edge(name, mix):
+    rm, _, tokens = pair(name, "hooked", mix)
+    local = cases.local(rm, tokens)
+    graph = local.attribute([5], progress=False)
+    rng = random.Random(1)
+    features = [graph.node(i) for i in cases.ids(graph, NodeKind.FEATURE)]
+    sites = dict.fromkeys(node.site for node in features)
+    targets = [rng.choice([n for n in features if n.site == site and n.pos > 2]) for site in sites]
+    largest = 0.0
+    for target in [*targets, graph.node(graph.nodes.n_sources)]:
+        row = graph.nodes.row_of(target.id)
+        edges = graph.adjacency[row]
+        strongest = edges.abs().topk(min(6, int((edges != 0).sum()))).indices.tolist()
+        for source in strongest:
+            loadings = local.heads(graph.node(source), target)
+            assert abs(loadings.edge - float(edges[source])) < 1e-9 * float(edges.abs().max()), (source, target)
+            largest = max(largest, float(loadings.heads.abs().max()))
+    assert largest > 1e-6  # control: heads carry something
