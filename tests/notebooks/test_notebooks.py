@@ -4,6 +4,7 @@ import ast
 import contextlib
 import random
 import re
+from typing import Any
 
 import pytest
 import torch
@@ -35,6 +36,7 @@ def test_these_are_the_tutorials():
         "03_supernodes",
         "04_is_the_graph_true",
         "05_with_activation_patching",
+        "06_dictionaries",
     ]
 
 
@@ -83,6 +85,53 @@ def test_a_cell_that_claims_what_is_false_fails(tmp_path):
 
 def test_the_backend_of_the_tests_does_not_reach_the_kernel():
     assert "MPLBACKEND" not in kernel_environment({"MPLBACKEND": "Agg", "PATH": "x"})
+
+
+# ------------------------------------------------------------------------------------- the tutorial of dictionaries
+
+
+def shown(notebook):
+    """What the cells show as text."""
+    outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+    return "\n".join(output.get("text", "") + output.get("data", {}).get("text/plain", "") for output in outputs)
+
+
+def loaded_sets(notebook):
+    """Names of the dictionary sets that the code of a notebook names in calls of ``cl.zoo``."""
+    calls = [
+        node
+        for cell in notebook.cells
+        if cell.cell_type == "code"
+        for node in ast.walk(ast.parse(cell.source))
+        if isinstance(node, ast.Call) and ast.unparse(node.func).startswith("cl.zoo.load")
+    ]
+    return {a.value for call in calls for a in call.args[1:] if isinstance(a, ast.Constant)}
+
+
+def test_the_tutorial_of_dictionaries_takes_every_kind_and_shows_the_sets_there_are():
+    notebook = read(NOTEBOOKS[5])
+    sets = zoo.dictionary_sets("capitals")
+    kinds = {name for name in sets if not name.startswith("sae-")}
+    assert loaded_sets(notebook) == kinds
+    assert " ".join(sets) in shown(notebook), "the sets have changed: renew the outputs"
+    assert loaded_sets(read(NOTEBOOKS[4])) == set()
+
+
+def test_the_command_that_the_tutorial_of_dictionaries_runs_is_one_of_the_command_line_and_its_figures_are_stored():
+    from typer.main import get_command
+
+    from circuit_lens.cli import build_app
+
+    notebook = read(NOTEBOOKS[5])
+    line = next(line for line in shown(notebook).splitlines() if line.startswith("$ circuit-lens train"))
+    commands: Any = get_command(build_app())
+    train = commands.commands["train"]
+    _, _, *options = line.removeprefix("$ ").split()
+    given = train.make_context("train", list(options)).params
+    assert given["kind"] == "transcoder"
+    assert re.search(rf"blocks\.1\.hook_mlp_out +{given['features']} +\d", shown(notebook))
+    with pytest.raises(Exception, match="No such option"):
+        train.make_context("train", [*options, "--no-such-option"])
 
 
 # --------------------------------------------------------------------------------------------- the notebook test
