@@ -135,8 +135,7 @@ def graphs_section(sets: MeasuredSets) -> list[str]:
         "## From Dallas to Austin in every set",
         "",
         "The same prompt and the same rule of membership as for the transcoders above, in the attribution graph of "
-        "each set. With SAEs of the residual stream only what runs through features counts; what they leave "
-        "to their errors does not, and opposed paths can take a share above 1.",
+        "each set, where the MLPs that SAEs leave are their Jacobians. Opposed paths can take a share above 1.",
         "",
         *table(header, rows),
     ]
@@ -187,8 +186,8 @@ def sae_section(sets: MeasuredSets) -> list[str]:
     ]
 
 
-_TRIED_SIZES = """What was tried for dead features in the residual stream after layer 1 (one run each,
-the same 100,008 tokens):
+_TRIED_SIZES = """What was tried for dead features in the residual stream after layer 1 (one run each, figures on the
+same 100,008 tokens):
 
 | features | steps | rate | auxiliary | silent for | explained variance | dead share |
 |---|---|---|---|---|---|---|
@@ -198,7 +197,7 @@ the same 100,008 tokens):
 | 1280 | 700 | .003 | 2 | 10 | .977 | .219 |
 | 1024 | 700 | .003 | .5 | 20 | .978 | .106 |
 
-More steps revive most, also where every token was seen before (400,000 tokens of text).
+All on the same 400,000 tokens of text. What helped is twice the steps.
 """
 
 

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from sae_lens.saes.transcoder import JumpReLUTranscoder
 
 from circuit_lens import zoo
 from circuit_lens.dictionaries.binding import bind
+from circuit_lens.dictionaries.cross_layer_parts import CrossLayer
 from circuit_lens.errors import DictionaryError
 from circuit_lens.zoo import evaluate, loading, templates
 from circuit_lens.zoo.batches import held_out_text
@@ -207,7 +209,7 @@ def test_every_set_gives_a_graph_whose_rows_conserve_with_the_labels_that_are_kn
     # Negative control: without the tokens' columns they do not.
     tokens = [node.id for node in graph.find("Dallas", role="source")]
     assert not bool(((missed + graph.adjacency[:, tokens].sum(1)).abs() <= limits).all())
-    assert graph.best_logit.token == "Austin"
+    assert graph.best_logit.label == "Austin"
     features = graph.find(range(graph.nodes.n_features))
     assert {node.site for node in features} == {d.site for d in rm.dictionaries}
     labels = [node.label for node in features]
@@ -237,7 +239,7 @@ def test_sets_of_which_nothing_is_known_say_so():
 
 def test_the_cross_layer_transcoder_stands_in_for_the_mlps_on_text_nobody_saw(model, corpus):
     ids = {word: index for index, word in enumerate(build_vocabulary(corpus.words()))}
-    rows = held_out_text(corpus, ids, n_tokens=3_000, length=64, seed=FRESH_TEXT).rows
+    rows = held_out_text(corpus, ids, n_tokens=2_000, length=64, seed=FRESH_TEXT).rows
     (transcoder,) = loading.load_dictionaries("capitals", "clt")
     figures = replacement_figures(bind(model, [transcoder]), rows.tokens, rows.real)
     assert figures.n_tokens == int(rows.real.sum())
@@ -247,12 +249,13 @@ def test_the_cross_layer_transcoder_stands_in_for_the_mlps_on_text_nobody_saw(mo
     assert min(layer.explained_variance for layer in figures.layers) >= 0.97
     # Its losses are those of every token but BOS.
     assert figures.loss == pytest.approx(text_loss(model, rows.tokens), rel=1e-5)
-    assert figures.loss_zeroed == pytest.approx(text_loss(model, rows.tokens, zero=True), rel=1e-5)
-    # Negative control: features that write what others should.
-    transcoder.W_dec[0] = transcoder.W_dec[0].roll(1, 0)
-    wrong = replacement_figures(bind(model, [transcoder]), rows.tokens[:8], rows.real[:8])
+    # Negative control: a first layer that is silent.
+    first, *others = transcoder.dictionaries
+    silent = CrossLayer(replace(first.parts, threshold=torch.full_like(first.parts.b_enc, 1e6)))
+    wrong = replacement_figures(bind(model, [silent, *others]), rows.tokens[:8], rows.real[:8])
     assert wrong.added_loss > 0.5
     assert wrong.layers[0].explained_variance < 0.5
+    assert wrong.layers[0].l0 == 0
 
 
 @pytest.mark.parametrize("which", ["clt", "skip"])
