@@ -8,6 +8,7 @@ from torch import Tensor
 
 from circuit_lens import logit_difference, token_logits
 from circuit_lens.attribution.contrast import ContrastModel
+from circuit_lens.dictionaries.points import Place
 from circuit_lens.graph.graph import AttributionGraph
 from tests.invariants.test_contrast import FORMS_ON_CLASSES, SOME, N, contrast, local
 
@@ -70,21 +71,21 @@ def run_by_hand(
     rows = secant.feature_targets(range(n)).vectors
     acts = torch.zeros(n, dtype=torch.float64)
 
-    def at(layer: int, stage: str) -> Tensor:
+    def at(layer: int, *places: Place) -> Tensor:
         total = torch.zeros_like(runs[0].tokens)
         for i, point in enumerate(sources.points):
-            if point.layer == layer and point.stage.value == stage:
+            if point.layer == layer and point.place in places:
                 own = member[sources.column(i) : sources.column(i) + N] - n
                 total += leaves[own, None] * point.vectors
         return total
 
     x = torch.zeros_like(runs[0].tokens)
     for layer in range(3):
-        x = x + at(layer, "pre")
-        mid = x + sum(r.attention[layer].linear(x) for r in runs) / 2 + at(layer, "attention")
+        x = x + at(layer, Place.PRE_EDIT)
+        mid = x + sum(r.attention[layer].linear(x) for r in runs) / 2 + at(layer, Place.ATTENTION, Place.MID_EDIT)
         base = x if runs[0].parallel else mid
         read = sum(r.ln2[layer].apply_output(base) for r in runs) / 2
-        out = at(layer, "mlp")
+        out = at(layer, Place.MLP_WRITE, Place.POST_EDIT)
         path = sources.paths[layer]
         assert path is not None
         out = out + path.linear(base)
