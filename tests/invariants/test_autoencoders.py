@@ -40,9 +40,14 @@ def fits(mix: str, name: str, kind: str) -> bool:
     return not any(hook.endswith("resid_mid") for _, hook in MIXES[mix][0]) or (kind == "hooked" and name != "pythia")
 
 
-CASES = [(n, k, mix) for n, k in cases.CLASSES for mix in MIXES if fits(mix, n, k)]
-# On bridges, which are slower, two of the architectures carry all mixtures.
-CASES = [c for c in CASES if c[1] == "hooked" or c[0] in ("gpt2", "gemma2") or c[2] in ("attention", "first and last")]
+def tier(name: str, kind: str, mix: str) -> Any:
+    """Return a case; in the quick tier every mixture on one class, and on the others those that reach most there."""
+    few = ("both in one attention", "first and last") if kind == "hooked" else ("first and last",)
+    quick = (name, kind) == ("gpt2", "hooked") or mix in few
+    return pytest.param(name, kind, mix, marks=() if quick else pytest.mark.slow)
+
+
+CASES = [tier(n, k, mix) for n, k in cases.CLASSES for mix in MIXES if fits(mix, n, k)]
 
 
 def modules(model: Any, mix: str) -> list[Any]:

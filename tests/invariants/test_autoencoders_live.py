@@ -12,14 +12,11 @@ from circuit_lens.graph.nodes import Feature, NodeKind
 from circuit_lens.interventions.gradients import Live, Tape
 from tests import autoencoders
 from tests.invariants import cases
-from tests.invariants.test_autoencoders import MIXES, fits, pair
+from tests.invariants.test_autoencoders import MIXES, fits, pair, tier
 
-LIVE = [
-    (name, kind, mix)
-    for name, kind in (("gpt2", "hooked"), ("gemma2", "hooked"), ("llama", "bridge"), ("pythia", "hooked"))
-    for mix in MIXES
-    if fits(mix, name, kind)
-]
+CLASSES = (("gpt2", "hooked"), ("gemma2", "hooked"), ("llama", "bridge"), ("pythia", "hooked"))
+LIVE = [tier(name, kind, mix) for name, kind in CLASSES for mix in MIXES if fits(mix, name, kind)]
+HOOKED = [case for case in LIVE if case.values[1] == "hooked"]
 
 
 @pytest.mark.parametrize(("name", "kind", "mix"), LIVE)
@@ -70,7 +67,7 @@ def test_own_values_change_no_bit_and_others_are_a_rank_one_change(name: Any, ki
     assert (run.logits - recording.logits).abs().max() > 1e-6
 
 
-@pytest.mark.parametrize(("name", "kind", "mix"), [c for c in LIVE if c[1] == "hooked"])
+@pytest.mark.parametrize(("name", "kind", "mix"), HOOKED)
 def test_with_everything_held_a_change_is_its_column(name: Any, kind: Any, mix: str) -> None:
     rm, _, tokens = pair(name, kind, mix)
     graph = cases.attribute(rm, tokens, [5, 17], mlp="error")
@@ -88,7 +85,7 @@ def test_with_everything_held_a_change_is_its_column(name: Any, kind: Any, mix: 
             assert abs(gap) < 1e-9 * float(scale[row]), (node, target)
 
 
-@pytest.mark.parametrize(("name", "kind", "mix"), [c for c in LIVE if c[1] == "hooked"])
+@pytest.mark.parametrize(("name", "kind", "mix"), HOOKED)
 def test_the_graphs_total_effects_are_gradients_of_the_held_model(name: Any, kind: Any, mix: str) -> None:
     rm, _, tokens = pair(name, kind, mix)
     graph = cases.attribute(rm, tokens, [5])
