@@ -37,16 +37,16 @@ def mean_path_length(
     """
     if by not in BY:
         raise ValueError(f"by={by!r} is not valid; give one of {', '.join(BY)}")
-    edges = adjacency.double().abs()
     if by == "influence":
-        edges = edges * inverse(totals)[:, None]
+        scale = inverse(totals).double()
     else:
-        edges = torch.cat([edges[: nodes.n_features] * chain_gain(nodes).abs()[:, None], edges[nodes.n_features :]])
+        scale = torch.ones(len(adjacency), dtype=torch.float64)
+        scale[: nodes.n_features] = chain_gain(nodes).abs()
     # Of each source: the sum of |p| over its paths to the target, and of |p| * (features on p, the source left out).
-    weight = edges[row].clone()
+    weight = adjacency[row].double().abs() * scale[row]
     passed = torch.zeros_like(weight)
     for group in reversed(nodes.groups):
-        step = edges[group]
+        step = adjacency[group].double().abs_().mul_(scale[group, None])
         for part in (slice(0, group.start), slice(nodes.n_features, nodes.n_sources)):
             onward = weight[group] @ step[:, part]
             passed[part] += passed[group] @ step[:, part] + onward

@@ -55,6 +55,8 @@ __all__ = [
 CHECKPOINT_FILE, DICTIONARY_FOLDER = "checkpoint.safetensors", "dictionary"
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()
 def train_cross_layer(
     data: ActivationSource | Sequence[MlpActivations],
     *,

@@ -62,6 +62,10 @@ class ActivationStore:
     memory: int
     digest: str
 
+    def __repr__(self) -> str:
+        hooks = ", ".join(f"{name} ({width})" for name, width in self.widths.items())
+        return f"ActivationStore({self.n_tokens:,} tokens at {hooks})"
+
     @staticmethod
     def from_tensors(values: Mapping[str, Float[Tensor, "token _"]], *, memory: int = 2**30) -> ActivationStore:
         """Return a store of tensors ``[token, width]`` by the names of their hooks.

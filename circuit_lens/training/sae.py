@@ -115,6 +115,8 @@ def _unscale(network: Any, data: Moments) -> None:
             getattr(network, name).mul_(data.scale)
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()
 def train_sae(
     source: Float[Tensor, "token d_in"] | ActivationStore | SingleSource,
     *,

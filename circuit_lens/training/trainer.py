@@ -213,8 +213,21 @@ def run_trainer(
             if records.wanted and (step % log_every == 0 or step in (1, settings.steps)):
                 records.write(_record(trainer, output, step, settings))
             bar.update()
+    _complete_threshold(network, settings.steps)
     trainer.set_final_sae_metadata()
     network.to("cpu")
+
+
+@torch.no_grad()
+def _complete_threshold(network: Any, steps: int) -> None:
+    """Take off a BatchTopK threshold what its running mean still has of the zero that it started from.
+
+    Without that, short trainings are saved with a threshold that lets several times ``k`` features through.
+    """
+    if hasattr(network, "topk_threshold"):
+        missing = (1 - network.cfg.topk_threshold_lr) ** steps
+        if missing > 1e-3:
+            network.topk_threshold /= 1 - missing
 
 
 @torch.no_grad()

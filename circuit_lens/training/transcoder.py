@@ -182,6 +182,8 @@ def _packed(source: PairSource, settings: TranscoderSettings, seed: int, x: Mome
         yield torch.cat([scaled, (outputs - y.mean) / y.scale], -1)
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()
 def train_transcoder(
     inputs: Float[Tensor, "token d_in"] | ActivationStore | PairSource,
     outputs: Float[Tensor, "token_out d_out"] | None = None,
