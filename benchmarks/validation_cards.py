@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import random
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,10 +27,10 @@ import torch
 import circuit_lens as cl
 from circuit_lens.graph.card import ValidationCard
 from circuit_lens.training import TranscoderSettings, mlp_activations, train_transcoder
-from circuit_lens.zoo import Corpus, templates
+from circuit_lens.zoo import Corpus
+from circuit_lens.zoo.evaluate import held_out_prompts
 from circuit_lens.zoo.loading import load_dictionaries_from, load_model_from
 from circuit_lens.zoo.recipe import CAPITALS, SHORTCUT, Workshop
-from circuit_lens.zoo.words import LANGUAGES
 
 STORY_TOKENS = 24
 STORY_SETTINGS = TranscoderSettings(d_sae=512, k=16.0, steps=1500)
@@ -89,30 +88,6 @@ SHOWN = (
     "flips/off/auprc",
     "flips/off/nearest_auprc",
 )
-
-
-def held_out_prompts(n: int, seed: int = 0) -> list[str]:
-    """Questions about held-out cities (seven in ten) and held-out opposites, drawn once for all models."""
-    corpus = Corpus()
-    cities = [city for city in corpus.cities if city.name in corpus.hard_cities]
-    hops = [
-        corpus.two_hop_about(city, relation, template)
-        for city in cities
-        for relation in city.place.relations
-        for template in templates.TWO_HOP
-    ]
-    opposites = [
-        corpus.antonym_about(pair, side, language, template)
-        for pair in corpus.antonyms
-        for language in LANGUAGES
-        if (language, pair.index) in corpus.held_antonyms
-        for side in (0, 1)
-        for template in templates.ANTONYM[language]
-    ]
-    rng = random.Random(seed)
-    n_hops = round(0.7 * n)
-    chosen = rng.sample(hops, n_hops) + rng.sample(opposites, n - n_hops)
-    return [" ".join(sentence.question[0]) for sentence in chosen]
 
 
 def bundled(work: Path | None) -> Iterator[tuple[str, cl.ReplacementModel]]:
@@ -180,7 +155,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", help="names of models, such as capitals or stories260K")
     given = parser.parse_args()
     torch.set_num_threads(1)
-    prompts, cards = held_out_prompts(given.prompts), {}
+    prompts, cards = held_out_prompts(Corpus(), given.prompts), {}
 
     def measure(name: str, rm: cl.ReplacementModel, prompts: list[Any]) -> None:
         started = time.process_time()

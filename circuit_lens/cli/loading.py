@@ -73,8 +73,9 @@ def load_pair(
             raise CommandError(f"{name!r} is bundled as a HookedTransformer; leave out --bridge")
         where, kind = choose_device(device, cpu=bundled), parse_dtype(dtype)
         if bundled:
-            own = dictionaries[0] if len(dictionaries) == 1 and dictionaries[0] in zoo.dictionary_sets(name) else None
-            found = [] if own else find_dictionaries(dictionaries)  # a wrong name shows before the model is made
+            own = [one for one in dictionaries if one in zoo.dictionary_sets(name)]
+            # A wrong name shows before the model is made.
+            found = find_dictionaries([one for one in dictionaries if one not in own])
             return Pair(_bundled(name, own, found, where, kind), name, True)
         record = None if dictionaries else published(name)
         bridge = bridge or (record is not None and record.model_class == "TransformerBridge")
@@ -106,13 +107,13 @@ def published(name: str) -> Published | None:
 
 
 def _bundled(
-    name: str, own: str | None, found: Sequence[Found], device: torch.device, dtype: torch.dtype
+    name: str, own: Sequence[str], found: Sequence[Found], device: torch.device, dtype: torch.dtype
 ) -> ReplacementModel:
     """Load a bundled model, with a set of its own dictionaries unless others are given."""
     from circuit_lens.loading import pairs
 
     with argument_errors():
-        return pairs.load_bundled(name, own, found=found or None, device=device, dtype=dtype)
+        return pairs.load_bundled(name, own, found=found, device=device, dtype=dtype)
 
 
 def load_model(

@@ -56,6 +56,10 @@ class Plan:
         return json.loads(json.dumps(asdict(self)))
 
 
+# Hooks at which SAEs are compared with transcoders, but are no nodes of graphs.
+COMPARED = ("ln2.hook_normalized", "mlp.hook_in")
+
+
 def train(
     kind: own.KIND,
     model: options.MODEL = None,
@@ -205,7 +209,26 @@ def _hooks(
                 raise CommandError(f"{option} {value}: there is no {{layer}} in it")
         pairs = [(_named(hook_in, layer), _named(hook_out, layer)) for layer in chosen]
     hook_points(model, [name for pair in pairs for name in pair])
+    for read, written in pairs:
+        _check_usable(kind, read, written)
     return tuple(pairs)
+
+
+def _check_usable(kind: own.Kind, read: str, written: str) -> None:
+    """Raise CommandError for hooks at which the result could never be attributed."""
+    from circuit_lens.dictionaries.points import SAE_HOOKS, check_transcoder_hooks, parse_hook
+    from circuit_lens.errors import DictionaryError
+
+    try:
+        if kind is not own.Kind.sae:
+            check_transcoder_hooks(read, [written])
+        elif parse_hook(read).suffix not in (*SAE_HOOKS, *COMPARED):
+            raise DictionaryError(
+                f"an SAE at {read!r} cannot be attributed; it may stand at {', '.join(SAE_HOOKS)} of a block, or, to "
+                f"be compared only, at {', '.join(COMPARED)}"
+            )
+    except DictionaryError as error:
+        raise CommandError(f"--hook{'' if kind is own.Kind.sae else '-in, --hook-out'}: {error}") from None
 
 
 def _named(template: str, layer: int) -> str:

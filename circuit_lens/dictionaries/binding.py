@@ -73,6 +73,7 @@ def bind(model: HookedModel, dictionaries: Iterable[Any] | Any) -> Binding:
         _check_hooks(model, dictionary)
         _check_widths(model, dictionary)
     _check_sites(adapted)
+    _check_skips(adapted)
     return Binding(model, tuple(adapted))
 
 
@@ -119,6 +120,18 @@ def _check_sites(dictionaries: Sequence[Dictionary]) -> None:
                     f"two dictionaries write to the {what} of layer {place[0]}: {other} and {dictionary}. Each claims "
                     "all of it, and their sum would count it twice; give one, or compare two ReplacementModels"
                 )
+
+
+def _check_skips(dictionaries: Sequence[Dictionary]) -> None:
+    """Raise where a skip path would read the stream before an autoencoder writes it: no paths are kept for that."""
+    stands = {d.hook_in for d in dictionaries if reads_where_it_writes(d)}
+    for d in dictionaries:
+        if d.has_skip and d.hook_in in stands and not reads_where_it_writes(d):
+            raise DictionaryError(
+                f"{d} has a skip path and reads {d.hook_in!r}, at which an autoencoder stands; what it reads is the "
+                "stream before that. Let it read the same stream behind it: set its hook_name to "
+                f"blocks.{d.layer}.hook_mlp_in"
+            )
 
 
 def _check_layers(model: HookedModel, dictionary: Dictionary) -> None:

@@ -89,6 +89,9 @@ class SaelensSae:
             if weight is None or tuple(weight.shape) != shape:
                 given = "missing" if weight is None else f"of shape {tuple(weight.shape)}"
                 raise DictionaryError(f"{name} of the {self.kind} SAE at {self.site!r} is {given}, it must be {shape}")
+        k = getattr(self.module.cfg, "k", None)
+        if self.kind in ("topk", "abstopk") and not 0 < int(k or 0) <= self.d_sae:
+            raise DictionaryError(f"k of the {self.kind} SAE at {self.site!r} is {k}; it has {self.d_sae} features")
         for name in _WEIGHTS:
             if (weight := getattr(self.module, name, None)) is not None:
                 refuse_bad_numbers(f"{name} of the {self.kind} SAE at {self.site!r}", weight.detach())

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import enum
 import itertools
+import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -63,6 +65,12 @@ class Feature(Editable):
         site = "" if self.site is None else f" ({self.site})"
         where = f"P{self.pos}" if isinstance(self.pos, int) else repr(self.pos)
         return f"L{self.layer} {where} #{self.index}{site}"
+
+
+def _layer_of_site(site: str) -> int:
+    """Return the layer of a hook name; -1 for other sites."""
+    match = re.match(r"blocks\.(\d+)\.", site)
+    return int(match.group(1)) if match else -1
 
 
 @dataclass(frozen=True)
@@ -322,12 +330,19 @@ class NodeTable:
 
     @cached_property
     def _many_sites(self) -> frozenset[tuple[int, int]]:
-        """The (kind, layer) pairs whose nodes have more than one site: there a name must say which."""
+        """The (kind, layer) pairs whose nodes have more than one site: there a name must say which.
+
+        The sites of all dictionaries count, also of those without a node here: a name is the same in every graph of a
+        prompt, whichever features it has.
+        """
         keys = torch.stack([self.kind.long(), self.layer.long(), self.site.long()], 1)
         seen: dict[tuple[int, int], int] = {}
         for kind, layer, _ in torch.unique(keys, dim=0).tolist() if len(self) else ():
             seen[kind, layer] = seen.get((kind, layer), 0) + 1
-        return frozenset(key for key, n in seen.items() if n > 1)
+        several = [layer for layer, n in Counter(map(_layer_of_site, self.sites)).items() if layer >= 0 and n > 1]
+        named = (NodeKind.FEATURE, NodeKind.ERROR, NodeKind.REST)
+        stands = {(int(kind), layer) for kind in named for layer in several}
+        return frozenset(key for key, n in seen.items() if n > 1) | stands
 
     def name(self, node: int) -> str:
         """Return the unique name of a node: ``L1 P9 #158``, ``L1 P9 error``, ``P9 token``, ``logit Austin``, ..."""

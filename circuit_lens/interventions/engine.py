@@ -137,6 +137,7 @@ class Changed:
         self._reactors: dict[str, Reactor] = {}
         self._fired: set[str] = set()
         self._mlp_inputs: dict[int, Tensor] = {}
+        self._rows: dict[str, Tensor] = {}
 
     @contextlib.contextmanager
     def scope(self) -> Iterator[list[Hook]]:
@@ -322,13 +323,19 @@ class Changed:
                 if (e := self.edits.features.get(d.site)) is not None:
                     old = self._old[d.site]
                     delta = e.base.to(old) + (e.factor.to(old) - 1) * old
-                    rows = d.decoder_rows(e.index, old.dtype)[:, d.hooks_out.index(name)]
+                    rows = self._decoder_rows(d, e, old.dtype)[:, d.hooks_out.index(name)]
                     self._add(out, e.row, e.pos, delta[:, None] * rows)
             if (errors := self.edits.errors.get(name)) is not None:
                 self._add(out, errors.row, errors.pos, errors.vectors - self._old_errors(name, live, errors))
             return out
 
         return edit
+
+    def _decoder_rows(self, d: Dictionary, e: FeatureEdits, dtype: torch.dtype) -> Float[Tensor, "n n_out d_out"]:
+        """Return the decoder rows of the changed features: once for all hooks that they write."""
+        if d.site not in self._rows:
+            self._rows[d.site] = d.decoder_rows(e.index, dtype)
+        return self._rows[d.site]
 
     def _held_output(self, name: str, live: Tensor, writers: Sequence[Dictionary]) -> Tensor:
         out = self.recording.outputs[name].expand_as(live)

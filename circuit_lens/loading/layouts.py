@@ -160,9 +160,14 @@ def _many_folders(tree: Tree, names: set[str], given: Settings) -> list[Found]:
             name for name in sorted(names) if re.fullmatch(r"layer_\d+/(cfg\.json|sae_weights\.safetensors)", name)
         ]
         return [tree.found("clt", files, given)]
+    inner = {name.removeprefix("dictionary/") for name in names if name.startswith("dictionary/")}
+    if "layer_0/cfg.json" in inner:
+        raise LoadError(f"{tree.label} is the folder of a training; its dictionary is the folder 'dictionary' in it")
     found = []
     for name in sorted(names):
         folder, _, file = name.rpartition("/")
+        if file == "sae_weights.safetensors" and folder and f"{folder}/cfg.json" not in names:
+            raise DictionaryError(f"{tree.label}/{folder} is no folder of SAELens: it has weights, but no cfg.json")
         if file == "cfg.json" and folder:
             found.append(tree.found("saelens", (name, f"{folder}/sae_weights.safetensors"), given))
         elif file == "params.npz":

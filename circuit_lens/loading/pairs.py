@@ -57,9 +57,11 @@ def load(
 
     if name in zoo.names():
         place = pick_device(device, cpu=True)
-        if dictionaries is None or (isinstance(dictionaries, str) and dictionaries in bundled.dictionary_sets(name)):
-            return load_bundled(name, dictionaries, device=place, dtype=dtype)
-        return load_bundled(name, found=find_for(None, dictionaries), device=place, dtype=dtype)
+        given = [] if dictionaries is None else [dictionaries] if isinstance(dictionaries, str | Path) else dictionaries
+        own = [one for one in given if one in bundled.dictionary_sets(name)]
+        others = [one for one in given if one not in own]
+        found = find_for(None, others) if others else []
+        return load_bundled(name, [str(one) for one in own], found=found, device=place, dtype=dtype)
     record = _record(name, dictionaries)
     try:
         found = find_for(record, dictionaries)
@@ -79,13 +81,18 @@ def load(
 
 
 def load_bundled(
-    name: str, which: str | None = None, *, found: Sequence[Any] | None = None, device: Any, dtype: torch.dtype | None
+    name: str,
+    which: Sequence[str] = (),
+    *,
+    found: Sequence[Any] = (),
+    device: Any,
+    dtype: torch.dtype | None,
 ) -> ReplacementModel:
-    """Return a bundled model with its own dictionaries, or others.
+    """Return a bundled model with sets of its own dictionaries, or others, or both.
 
     Args:
         name: Of the model.
-        which: One of its bundled sets.
+        which: Its bundled sets; with ``found`` empty, none means the default one.
         found: Records of other dictionaries, see :func:`circuit_lens.loading.names.find`.
         device: Where it goes.
         dtype: None: float32.
@@ -95,18 +102,13 @@ def load_bundled(
     """
     import torch
 
-    from circuit_lens import zoo
     from circuit_lens.loading.dictionaries import load_found
-    from circuit_lens.replacement_model import ReplacementModel
-    from circuit_lens.zoo.loading import DEFAULT_SET
+    from circuit_lens.zoo.loading import DEFAULT_SET, load_pair
 
     kind = torch.float32 if dtype is None else dtype
-    if found is None:
-        return zoo.load(name, which or DEFAULT_SET, device=device, dtype=kind)
-    model, modules = zoo.load_model(name), load_found(found, device=device, dtype=kind)
-    model.to(device, print_details=False)
-    model.to(kind, print_details=False)
-    return ReplacementModel(model, modules)
+    sets = list(which) or ([] if found else [DEFAULT_SET])
+    others = load_found(found, device=device, dtype=kind) if found else []
+    return load_pair(name, sets, others=others, device=device, dtype=kind)
 
 
 def _record(name: str, dictionaries: Any) -> Published | None:

@@ -7,6 +7,7 @@ error that names the file, what was found and what is valid.
 from __future__ import annotations
 
 import contextlib
+import json
 import warnings
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from circuit_lens.errors import CircuitLensError, DictionaryError
-from circuit_lens.loading.layouts import Settings
+from circuit_lens.loading.layouts import CLT_ARCHITECTURE, Settings
 from circuit_lens.loading.topk import TopKTranscoder
 
 _MATRICES = ("W_enc", "W_dec", "b_enc", "b_dec")
@@ -292,6 +293,31 @@ def _check_saelens(folder: Path) -> None:
             f"{folder} is no folder of SAELens: it has no {' and no '.join(missing)} (there is {there}); what "
             "SAE.save_model wrote has both"
         )
+    _check_config(folder / "cfg.json")
+
+
+def _check_config(path: Path) -> None:
+    """Raise DictionaryError for a whole file that says nothing valid, before SAELens stumbles over it."""
+    with reading(path):
+        config = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(config, dict):
+        raise DictionaryError(f"{path} holds a {type(config).__name__}; it must hold a JSON object")
+    kind = config.get("architecture")
+    if kind == CLT_ARCHITECTURE:
+        raise DictionaryError(
+            f"{path.parent} is one layer of a cross-layer transcoder, which is loaded as a whole: give the folder that "
+            "holds all its layers"
+        )
+    for name in ("d_in", "d_sae"):
+        if name in config and not (isinstance(config[name], int) and config[name] > 0):
+            raise DictionaryError(f"{path}: {name} is {config[name]!r}; it must be a whole number above 0")
+    if not isinstance(config.get("metadata", {}), dict):
+        raise DictionaryError(f"{path}: metadata is {config['metadata']!r}; it must be a JSON object")
+    from sae_lens.registry import SAE_CLASS_REGISTRY
+
+    if kind is not None and kind not in SAE_CLASS_REGISTRY:
+        known = ", ".join(sorted(SAE_CLASS_REGISTRY))
+        raise DictionaryError(f"{path}: architecture is {kind!r}; SAELens knows {known}")
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:

@@ -9,6 +9,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import torch
 
     from circuit_lens.replacement_model import ReplacementModel
@@ -29,7 +31,7 @@ _HOMES = {
 
 def load(
     name: str = "capitals",
-    dictionaries: str = "plt",
+    dictionaries: str | Sequence[str] = "plt",
     *,
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
@@ -40,7 +42,7 @@ def load(
         name: One of ``names()``.
         dictionaries: ``"plt"`` (per-layer transcoders), ``"clt"`` (a cross-layer transcoder), ``"skip"`` (skip
             transcoders), ``"sae"`` (SAEs of the residual stream), ``"neurons"`` (the model's own); further ones in
-            ``circuit_lens.zoo.loading.load_dictionaries``.
+            ``circuit_lens.zoo.loading.load_dictionaries``. Several, where they do not stand for the same activations.
         device: Where to.
         dtype: None: float32.
 

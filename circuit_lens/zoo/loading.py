@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -166,26 +166,40 @@ def load_features(name: str = "capitals", which: str = DEFAULT_SET) -> FeatureTa
 
 def load_pair(
     name: str = "capitals",
-    dictionaries: str = DEFAULT_SET,
+    dictionaries: str | Sequence[str] = DEFAULT_SET,
     *,
+    others: Sequence[Any] = (),
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> ReplacementModel:
-    """A bundled model with one of its dictionary sets, and labels of their features where there are any.
+    """A bundled model with some of its dictionary sets, and labels of their features where there are any.
+
+    ``others`` are dictionaries of the user's that stand beside them.
 
     Raises:
         ValueError: An unknown name or set, with the valid ones.
+        DictionaryError: Sets that stand for the same activations.
     """
     from circuit_lens.dictionaries.neurons import neurons
     from circuit_lens.replacement_model import ReplacementModel
 
-    _check_set(name, dictionaries)
+    sets = [dictionaries] if isinstance(dictionaries, str) else list(dictionaries)
+    for which in sets:
+        _check_set(name, which)
     model = load_model(name)
     model.to(device, print_details=False)
     model.to(dtype, print_details=False)
-    if dictionaries == NEURONS:
-        return ReplacementModel(model, neurons(model))
-    found = [one.to(device=device, dtype=dtype) for one in load_dictionaries(name, dictionaries)]
-    if not (asset_folder(name) / DICTIONARIES / dictionaries / FEATURE_INFO_FILE).is_file():
-        return ReplacementModel(model, found)
-    return ReplacementModel(model, found, label=load_features(name, dictionaries).label)
+    found, tables = list(others), {}
+    for which in sets:
+        if which == NEURONS:
+            found += neurons(model)
+            continue
+        found += [one.to(device=device, dtype=dtype) for one in load_dictionaries(name, which)]
+        if (asset_folder(name) / DICTIONARIES / which / FEATURE_INFO_FILE).is_file():
+            table = load_features(name, which)
+            tables |= {info.site: table for info in table.sites}
+
+    def label(site: str, layer: int, index: int) -> str:
+        return tables[site].label(site, layer, index) if site in tables else ""
+
+    return ReplacementModel(model, found, label=label)

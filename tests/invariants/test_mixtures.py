@@ -50,6 +50,15 @@ REFUSED: dict[str, tuple[Any, type[Exception], str]] = {
         lambda m: _configured(sae("blocks.1.hook_resid_pre"), normalize_activations="layer_norm"),
         DictionaryError, "fold the normalisation",
     ),
+    "a skip that would read before an autoencoder writes": (
+        lambda m: [sae("blocks.1.hook_resid_mid"),
+                   *builders.transcoders(m, "skip", hook_in="hook_resid_mid", layers=[1])],
+        DictionaryError, "hook_mlp_in",
+    ),
+    "k above the number of features": (
+        lambda m: _configured(autoencoders.autoencoder("topk", "blocks.1.hook_resid_pre", 32, d_sae=4), k=5),
+        DictionaryError, "k of the topk SAE .* is 5; it has 4 features",
+    ),
     "something else": (lambda m: "gpt2-small-res-jb", DictionaryError, "str is no dictionary"),
 }  # fmt: skip
 
@@ -128,6 +137,9 @@ def test_ids_are_unique_in_every_export(tmp_path: Any) -> None:
     assert len({d.layer for d in rm.dictionaries}) < len(rm.dictionaries) == len(MIXES["all in one layer"][0]) + 2
     graph = cases.attribute(rm, cases.tokens(6), [5, 17])
     assert len(set(cases.names(graph))) == len(graph.nodes)
+    few = cases.attribute(rm, cases.tokens(6), [5, 17], max_features=3)
+    kept = [few.node(i) for i in range(few.nodes.n_features)]
+    assert all(graph.node(node.name).feature == node.feature for node in kept)  # names do not depend on what is kept
     document = json.loads(neuronpedia.to_json(graph, scan="test"))
     ids = [node["node_id"] for node in document["nodes"]]
     assert len(set(ids)) == len(ids) == len({node["jsNodeId"] for node in document["nodes"]})
