@@ -46,7 +46,7 @@ def mean_path_length(
     weight = adjacency[row].double().abs() * scale[row]
     passed = torch.zeros_like(weight)
     for group in reversed(nodes.groups):
-        step = adjacency[group].double().abs_().mul_(scale[group, None])
+        step = adjacency[group].abs().double() * scale[group, None]
         for part in (slice(0, group.start), slice(nodes.n_features, nodes.n_sources)):
             onward = weight[group] @ step[:, part]
             passed[part] += passed[group] @ step[:, part] + onward

@@ -140,7 +140,7 @@ def test_ids_are_unique_in_every_export(tmp_path: Any) -> None:
     few = cases.attribute(rm, cases.tokens(6), [5, 17], max_features=3)
     kept = [few.node(i) for i in range(few.nodes.n_features)]
     assert all(graph.node(node.name).feature == node.feature for node in kept)  # names do not depend on what is kept
-    document = json.loads(neuronpedia.to_json(graph, scan="test"))
+    document = json.loads(json.dumps(neuronpedia.to_json(graph, scan="test")))
     ids = [node["node_id"] for node in document["nodes"]]
     assert len(set(ids)) == len(ids) == len({node["jsNodeId"] for node in document["nodes"]})
     features = [n for n in document["nodes"] if n["feature_type"] == "cross layer transcoder"]
