@@ -222,10 +222,11 @@ def _words(text: str | None, prompt: str | None) -> str | None:
 def check_pair(findings: Findings, pair: Pair, words: str | None) -> dict[str, Any]:
     """Check hooks, widths, reconstruction and the frozen model of a pair; return what was measured, for JSON."""
     from circuit_lens.cli.pair_check import check_local, chunks, default_text
+    from circuit_lens.cli.report import n_dictionaries
     from circuit_lens.errors import TokensError
 
     rm, n_layers = pair.rm, pair.rm.model.cfg.n_layers
-    findings.title(f"{pair.name} with {len(rm.dictionaries)} dictionaries")
+    findings.title(f"{pair.name} with {n_dictionaries(len(rm.dictionaries))}")
     findings.say("hooks and widths", f"fit: {n_layers} layers of width {rm.model.cfg.d_model}", ok=True)
     covered = {layer for dictionary in rm.dictionaries for layer in dictionary.out_layers}
     if missing := [layer for layer in range(n_layers) if layer not in covered]:

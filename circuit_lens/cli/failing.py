@@ -44,8 +44,9 @@ def guarded(command: Callable[P, None]) -> Callable[P, None]:
             if not isinstance(error, MemoryError) and type(error).__name__ != "OutOfMemoryError":
                 raise
             show_error(
-                f"Out of memory ({str(error).splitlines()[0] if str(error) else type(error).__name__}). Try a smaller "
-                "--max-features or --batch-size, --dtype bfloat16, or --device cpu."
+                f"Out of memory ({str(error).splitlines()[0] if str(error) else type(error).__name__}). Try, as far as "
+                "this command has them: a smaller --max-features, --batch-size, --batch or --memory, --dtype bfloat16, "
+                "--device cpu."
             )
             raise typer.Exit(USER_ERROR) from None
 

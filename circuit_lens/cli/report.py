@@ -96,6 +96,11 @@ def new_table() -> Table:
     return Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim", show_edge=False)
 
 
+def n_dictionaries(n: int) -> str:
+    """Return how many there are, in words."""
+    return f"{n} dictionary" if n == 1 else f"{n} dictionaries"
+
+
 def shown(token: str) -> str:
     """Return a token as it reads on a screen: without the blanks around it, and quoted where nothing is left."""
     from circuit_lens.viewer.layout import clean_token
@@ -115,7 +120,7 @@ def _print_head(console: Console, graph: AttributionGraph) -> None:
     parts = [
         f"{model.get('name') or model.get('class', 'model')}",
         f"{graph.n_layers} layers",
-        f"{len(manifest.get('dictionaries', {}))} dictionaries",
+        n_dictionaries(len(manifest.get("dictionaries", {}))),
         f"{n_active} {'features that differ' if baseline else 'active features'}"
         + ("" if n_features == n_active else f", {n_features} of them nodes"),
     ]

@@ -33,19 +33,22 @@ def choose(found: Sequence[Found], rule: Rule | None, what: str) -> list[Found]:
     Args:
         found: Candidates; their settings say layer and, for rules on it, L0.
         rule: ``"lowest-l0"``, ``"highest-l0"``; a number: the L0 nearest to it, the lower of two as near; any other
-            text: a regular expression that one name of every layer matches. None: there must be one for each already.
+            text: a regular expression that one name of every layer matches. None: there must be one for each already
+            (folders of SAELens may be any number: they name their hooks themselves).
         what: Name of the set, for messages.
 
     Raises:
         LoadError: The rule does not decide, or leaves a layer without one.
         DictionaryError: No rule, and a layer that is there twice.
     """
-    layers: dict[int | None, list[Found]] = {}
+    layers: dict[tuple[int | None, str], list[Found]] = {}
     for one in found:
-        layers.setdefault(one.settings.layer, []).append(one)
+        by_itself = rule is None and one.settings.site is not None
+        key = (None, "") if by_itself else (one.settings.layer, one.settings.site or "")
+        layers.setdefault(key, []).append(one)
+    unknown = layers.pop((None, ""), [])
     if rule is None:
-        unknown = layers.pop(None, [])
-        for layer, several in layers.items():
+        for (layer, _), several in layers.items():
             if len(several) > 1:
                 shown = ", ".join(map(str, several[:4])) + (", ..." if len(several) > 4 else "")
                 raise DictionaryError(
@@ -53,13 +56,16 @@ def choose(found: Sequence[Found], rule: Rule | None, what: str) -> list[Found]:
                     f"{', '.join(RULES)}, a number (the nearest L0), or a regular expression"
                 )
         return [*unknown, *(several[0] for several in layers.values())]
-    if None in layers:
-        raise LoadError(f"per_layer={rule!r}: the layer of {layers[None][0]} is not known before it is loaded")
-    return [_one(several, rule, f"{what}, layer {layer}") for layer, several in sorted(layers.items(), key=_layer)]
+    if unknown:
+        raise LoadError(
+            f"per_layer={rule!r}: the layer of {unknown[0]} is not known before it is loaded, since nothing beside its "
+            "weights names a hook; give the folders that you want as a list, without per_layer"
+        )
+    return [_one(layers[key], rule, f"{what}, layer {key[0]}") for key in sorted(layers, key=_order)]
 
 
-def _layer(item: tuple[int | None, list[Found]]) -> int:
-    return -1 if item[0] is None else item[0]
+def _order(key: tuple[int | None, str]) -> tuple[int, str]:
+    return (-1 if key[0] is None else key[0], key[1])
 
 
 def _one(several: list[Found], rule: Rule, what: str) -> Found:

@@ -54,6 +54,7 @@ class Settings:
         activation: None: what the weights show (JumpReLU where there are thresholds, else ReLU).
         k: Features kept at a position, for TopK; None: what the weights say.
         l0: Published mean number of active features.
+        site: The hook at which it writes, where its own file names it: a rule chooses among those of one site.
     """
 
     layer: int | None = None
@@ -62,6 +63,7 @@ class Settings:
     activation: Activation | None = None
     k: int | None = None
     l0: float | None = None
+    site: str | None = None
 
 
 @dataclass(frozen=True)
@@ -169,7 +171,8 @@ def _many_folders(tree: Tree, names: set[str], given: Settings) -> list[Found]:
         if file == "sae_weights.safetensors" and folder and f"{folder}/cfg.json" not in names:
             raise DictionaryError(f"{tree.label}/{folder} is no folder of SAELens: it has weights, but no cfg.json")
         if file == "cfg.json" and folder:
-            found.append(tree.found("saelens", (name, f"{folder}/sae_weights.safetensors"), given))
+            files = (name, f"{folder}/sae_weights.safetensors")
+            found.append(tree.found("saelens", files, _saelens_settings(tree.path(name), given)))
         elif file == "params.npz":
             found.append(tree.found("gemma-scope", (name,), _from_path(tree, name, given)))
         elif file == "params.safetensors":
@@ -330,6 +333,18 @@ def _yaml(path: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise DictionaryError(f"{path} holds no settings (name: value); circuit-tracer's config.yaml has model_kind")
     return config
+
+
+def _saelens_settings(path: Path, given: Settings) -> Settings:
+    """Return what a ``cfg.json`` of SAELens says for a choice among several: layer, site and L0."""
+    metadata = _json(path).get("metadata")
+    metadata = metadata if isinstance(metadata, Mapping) else {}
+    site, l0 = metadata.get("hook_name_out") or metadata.get("hook_name"), metadata.get("l0")
+    layer = re.match(r"blocks\.(\d+)\.", site) if isinstance(site, str) else None
+    if layer is None:
+        return given
+    known = float(l0) if isinstance(l0, int | float) else None
+    return replace(given, layer=int(layer[1]), site=site, l0=known if given.l0 is None else given.l0)
 
 
 def _json(path: Path) -> dict[str, Any]:

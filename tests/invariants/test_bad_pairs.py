@@ -167,6 +167,9 @@ def test_activations_that_are_no_numbers_are_refused(kind):
     with pytest.raises(ConsistencyError, match=r"NaN or infinite"):
         rm.attribute(cases.tokens(5), fwd_hooks=[("blocks.1.hook_mlp_out", lambda v, hook: v * float("nan"))])
     saes = builders.transcoders(model)
+    bound = ReplacementModel(model, saes)
     saes[1].W_enc.data[0, 0] = float("inf")
+    with pytest.raises(DictionaryError, match=r"W_enc of 'blocks.1.hook_mlp_out' holds NaN or infinity"):
+        ReplacementModel(model, saes)
     with pytest.raises(ConsistencyError, match=r"activations of blocks.1.hook_mlp_out holds NaN"):
-        ReplacementModel(model, saes).attribute(cases.tokens(5))
+        bound.attribute(cases.tokens(5))

@@ -520,15 +520,16 @@ def test_a_dictionary_that_is_never_active_has_twins_that_are_not_either() -> No
 def test_nan_in_weights_is_named() -> None:
     shared = builders.build("gpt2")
     modules = builders.transcoders(shared)
+    bound, first = bind(shared, modules), bind(shared, modules[:1])
     with torch.no_grad():
         modules[1].W_dec[3] = float("nan")
         modules[1].b_enc[3] = 1e3
     with pytest.raises(ConsistencyError, match=r"blocks\.1\.hook_mlp_out.*NaN"):
-        quick(bind(shared, modules))
+        quick(bound)
     with torch.no_grad():
         shared.W_U.fill_(float("nan"))
     with pytest.raises(ConsistencyError, match=r"the model's logits.*NaN"):
-        quick(bind(shared, modules[:1]))
+        quick(first)
 
 
 def test_what_cannot_be_evaluated_is_refused() -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import circuit_lens as cl
-from circuit_lens.attribution import attribute, autograd, replacement
+from circuit_lens.attribution import attribute, autograd, linearity, replacement
 from circuit_lens.attribution.replacement import LocalReplacementModel
 from circuit_lens.replacement_model import ReplacementModel
 from tests import builders
@@ -97,7 +97,7 @@ def fail_at(module: Any, name: str, after: int = 0) -> Any:
 PLACES: dict[str, Any] = {
     "a hook of the user": fail_in_user_hook,
     "encoding": fail_at(replacement, "collect"),
-    "the linearity check": fail_at(autograd, "forward", after=2),
+    "the linearity check": fail_at(linearity, "forward", after=2),
     "the recorded pass": fail_at(autograd, "_seeds"),
     "the sweep": fail_at(LocalReplacementModel, "row_blocks", after=1),
     "laying out": fail_at(attribute, "table"),

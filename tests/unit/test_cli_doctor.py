@@ -35,9 +35,10 @@ def give(monkeypatch: pytest.MonkeyPatch) -> Callable[[cl.ReplacementModel], Non
 def bind(scale: float = 1.0, **options: object) -> cl.ReplacementModel:
     model = build("gpt2")
     dictionaries = transcoders(model, **options)
+    rm = cl.ReplacementModel(model, dictionaries)
     with torch.no_grad():
         dictionaries[1].W_dec.mul_(scale)
-    return cl.ReplacementModel(model, dictionaries)
+    return rm
 
 
 def test_a_pair_that_fits_is_well(give, tmp_path: Path) -> None:

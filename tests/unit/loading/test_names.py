@@ -20,6 +20,7 @@ from circuit_lens.loading.hub import Address, parse_address
 from circuit_lens.loading.layouts import Found, Settings
 from circuit_lens.loading.names import find, registry
 from circuit_lens.loading.pairs import check_processing
+from tests import builders
 from tests.unit.loading import layout_files as files
 from tests.unit.loading.layout_files import raw
 
@@ -176,6 +177,23 @@ def test_a_rule_chooses_among_the_folders_of_gemma_scope(tmp_path: Path) -> None
         for given in ({"what": tmp_path, "per_layer": rule}, {"what": f"{tmp_path}#{rule}"}):
             loaded = load_dictionaries(**given, **hooks)
             assert [torch.equal(one.W_dec, layers[i, l0]["W_dec"]) for i, one in enumerate(loaded)] == [True, True]
+
+
+def test_a_rule_chooses_among_folders_of_saelens_by_what_their_settings_say(tmp_path: Path) -> None:
+    model = builders.build("gpt2")
+    for l0, seed in ((12.0, 1), (80.0, 2)):
+        for one in builders.transcoders(model, seed=seed):
+            one.cfg.metadata.l0 = l0
+            one.save_model(str(tmp_path / f"{one.cfg.metadata.hook_name_out}_{l0:g}"))
+    for rule, l0 in (("lowest-l0", 12), ("highest-l0", 80), (30, 12), ("_80$", 80)):
+        loaded = load_dictionaries(tmp_path, per_layer=rule)
+        hooks = [f"blocks.{i}.hook_mlp_out" for i in range(model.cfg.n_layers)]
+        assert [(one.cfg.metadata.hook_name_out, one.cfg.metadata.l0) for one in loaded] == [(h, l0) for h in hooks]
+    assert len(load_dictionaries(tmp_path)) == 2 * model.cfg.n_layers  # they name their hooks: all of them, to compare
+    path = tmp_path / "blocks.0.hook_mlp_out_12" / "cfg.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"metadata": {}}))
+    with pytest.raises(LoadError, match="give the folders that you want as a list"):
+        load_dictionaries(tmp_path, per_layer="lowest-l0")
 
 
 # Releases, by the code of SAELens
