@@ -33,8 +33,8 @@ def choose(found: Sequence[Found], rule: Rule | None, what: str) -> list[Found]:
     Args:
         found: Candidates; their settings say layer and, for rules on it, L0.
         rule: ``"lowest-l0"``, ``"highest-l0"``; a number: the L0 nearest to it, the lower of two as near; any other
-            text: a regular expression that one name of every layer matches. None: there must be one for each already
-            (folders of SAELens may be any number: they name their hooks themselves).
+            text: a regular expression that one name of every layer matches. None: there must be one for each already.
+            Where their files name the hook at which they write, one for each of those.
         what: Name of the set, for messages.
 
     Raises:
@@ -43,9 +43,7 @@ def choose(found: Sequence[Found], rule: Rule | None, what: str) -> list[Found]:
     """
     layers: dict[tuple[int | None, str], list[Found]] = {}
     for one in found:
-        by_itself = rule is None and one.settings.site is not None
-        key = (None, "") if by_itself else (one.settings.layer, one.settings.site or "")
-        layers.setdefault(key, []).append(one)
+        layers.setdefault((one.settings.layer, one.settings.site or ""), []).append(one)
     unknown = layers.pop((None, ""), [])
     if rule is None:
         for (layer, _), several in layers.items():
