@@ -189,7 +189,7 @@ def test_a_rule_chooses_among_folders_of_saelens_by_what_their_settings_say(tmp_
         loaded = load_dictionaries(tmp_path, per_layer=rule)
         hooks = [f"blocks.{i}.hook_mlp_out" for i in range(model.cfg.n_layers)]
         assert [(one.cfg.metadata.hook_name_out, one.cfg.metadata.l0) for one in loaded] == [(h, l0) for h in hooks]
-    with pytest.raises(cl.DictionaryError, match="2 dictionaries for layer 0 .*choose with per_layer"):
+    with pytest.raises(cl.DictionaryError, match=r"2 dictionaries for layer 0 .*choose with per_layer"):
         load_dictionaries(tmp_path)
     path = tmp_path / "blocks.0.hook_mlp_out_12" / "cfg.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"metadata": {}}))
