@@ -5,8 +5,7 @@ Held out by construction:
 - ``corpus.hard_cities`` (Dallas among them): cities that occur in one-hop sentences ("Dallas is in Texas") and in
   descriptions, and in no two-hop sentence at all. A right two-hop answer about them is a composition, not a memory.
 - ``corpus.held_antonyms``: (language, pair) for which no sentence says the opposite, in that language as the language
-of
-  the operand or of the answer. Translations, topics and signs of those words do occur.
+  of the operand or of the answer. Translations, topics and signs of those words do occur.
 """
 
 from __future__ import annotations
