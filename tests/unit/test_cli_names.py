@@ -57,7 +57,11 @@ def test_an_id_or_a_pattern_chooses_in_a_release() -> None:
 
 def test_a_folder_means_the_dictionaries_in_it(folders: dict[str, str]) -> None:
     folder = Path(folders["dictionaries"])
-    assert find_dictionaries([str(folder)]) == [Found(folder=folder / f"layer_{layer}") for layer in range(3)]
+    found = find_dictionaries([str(folder)])
+    assert [one.folder for one in found] == [folder / f"layer_{layer}" for layer in range(3)]
+    assert [(one.settings.layer, one.settings.site) for one in found] == [
+        (layer, f"blocks.{layer}.hook_mlp_out") for layer in range(3)
+    ]
     assert find_dictionaries([str(folder / "layer_1")]) == [Found(folder=folder / "layer_1")]
 
 
