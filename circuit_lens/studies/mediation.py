@@ -15,11 +15,12 @@ import torch
 
 from circuit_lens.graph.edits import Direction, Intervention
 from circuit_lens.graph.nodes import Feature
+from circuit_lens.graph.rates import Mean
 from circuit_lens.graph.supernodes import Supernode
 from circuit_lens.interventions.recording import Recording
 from circuit_lens.studies.lab import Lab, Question, active
 from circuit_lens.studies.places import Places
-from circuit_lens.studies.tables import Cell, Mean, Row, StudyTable
+from circuit_lens.studies.tables import Cell, Row, StudyTable
 from circuit_lens.zoo import templates
 
 if TYPE_CHECKING:

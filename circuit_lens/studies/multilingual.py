@@ -19,11 +19,12 @@ from torch import Tensor
 
 from circuit_lens.graph.edits import Intervention
 from circuit_lens.graph.nodes import Feature
+from circuit_lens.graph.rates import Rate
 from circuit_lens.graph.supernodes import Supernode
 from circuit_lens.interventions.recording import Recording
 from circuit_lens.studies.controls import add_vector, random_features
 from circuit_lens.studies.lab import Job, Lab, active, swap, swap_deltas
-from circuit_lens.studies.tables import Cell, Failure, Rate, Row, StudyTable
+from circuit_lens.studies.tables import Cell, Failure, Row, StudyTable
 from circuit_lens.zoo import templates
 from circuit_lens.zoo.corpus import Corpus
 from circuit_lens.zoo.evaluate import token_ids

@@ -18,10 +18,11 @@ from torch import Tensor
 
 from circuit_lens.graph.edits import Intervention
 from circuit_lens.graph.overlap import Overlap, overlap
+from circuit_lens.graph.rates import Mean, Rate
 from circuit_lens.studies.controls import random_features
 from circuit_lens.studies.lab import Job, swap, swap_deltas
 from circuit_lens.studies.multilingual import Item, Words
-from circuit_lens.studies.tables import Cell, Failure, Mean, Rate, Row, StudyTable
+from circuit_lens.studies.tables import Cell, Failure, Row, StudyTable
 from circuit_lens.zoo import templates
 from circuit_lens.zoo.evaluate import token_ids
 from circuit_lens.zoo.words import LANGUAGES, SYNONYMS

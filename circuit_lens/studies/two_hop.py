@@ -14,11 +14,12 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Literal
 
 from circuit_lens.graph.edits import Intervention
+from circuit_lens.graph.rates import Rate
 from circuit_lens.interventions.recording import Recording
 from circuit_lens.studies.controls import add_vector, random_dictionaries, random_features
 from circuit_lens.studies.lab import Job, Question, swap, swap_deltas
 from circuit_lens.studies.places import RULE, Places, Rule
-from circuit_lens.studies.tables import Failure, Rate, Row, StudyTable
+from circuit_lens.studies.tables import Failure, Row, StudyTable
 from circuit_lens.zoo import templates
 from circuit_lens.zoo.corpus import Corpus
 

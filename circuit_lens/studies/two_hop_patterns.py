@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from circuit_lens.errors import InterventionError
+from circuit_lens.graph.rates import Mean, Rate
 from circuit_lens.graph.supernodes import Supernode
 from circuit_lens.studies.circuit import (
     CAPITAL,
@@ -29,7 +30,7 @@ from circuit_lens.studies.circuit import (
     Shares,
 )
 from circuit_lens.studies.places import Places
-from circuit_lens.studies.tables import Cell, Failure, Mean, Rate, Row, StudyTable
+from circuit_lens.studies.tables import Cell, Failure, Row, StudyTable
 from circuit_lens.zoo import templates
 
 if TYPE_CHECKING:

@@ -11,10 +11,11 @@ import torch
 
 import circuit_lens as cl
 from circuit_lens.graph.nodes import Feature
+from circuit_lens.graph.rates import Mean, Rate
 from circuit_lens.studies import hub, multilingual, operations, two_hop, two_hop_patterns
 from circuit_lens.studies.lab import Job, swap, swap_deltas
 from circuit_lens.studies.places import RULE, Places
-from circuit_lens.studies.tables import Failure, Mean, Rate, Row, StudyTable
+from circuit_lens.studies.tables import Failure, Row, StudyTable
 from circuit_lens.zoo import templates
 
 N_PAIRS = 42
