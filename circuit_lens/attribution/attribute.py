@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from circuit_lens.attribution.assemble import Columns, lay_out, lazy_zeros, table
+from circuit_lens.attribution.ranking import ChosenRows
 from circuit_lens.attribution.replacement import LocalReplacementModel
 from circuit_lens.attribution.targets import Resolved, Targets, TokenLogits, stack
 from circuit_lens.errors import ConsistencyError, NodeNotFoundError, TargetError
@@ -102,17 +103,17 @@ class _Builder:
         self.layout: tuple[Columns, Tensor] | None = None
         self.sums = torch.zeros(0, 2, dtype=torch.float64)
         self.logit_rows = local.frozen.tokens.new_zeros(len(self.resolved), local.sources.n_columns)
-        self._fill(self.logits, self.logit_rows, None)
+        self._fill_logits()
 
-    def _fill(self, targets: Targets, out: Tensor, columns: Columns | None, at: Tensor | None = None) -> None:
-        """Write rows into ``out`` (at the given rows), gathered to nodes where ``columns`` are given."""
+    def _fill_logits(self) -> None:
+        """Compute the rows of the targets."""
+        for chosen, block in self._rows(self.logits):
+            self.logit_rows[chosen] = block
+
+    def _rows(self, targets: Targets) -> Iterator[tuple[list[int], Float[Tensor, "n_block n_columns"]]]:
+        """Yield rows over all columns, block by block, and say so."""
         for chosen, block in self.local.row_blocks(targets, batch_size=self.batch_size):
-            rows = chosen if at is None else at[chosen].tolist()
-            if columns is None:
-                out[rows] = block
-            else:
-                columns.place(block, out, rows, [targets.ranks[i] for i in chosen])
-                self._sum(block, rows)
+            yield chosen, block
             if self.progress is not None:
                 self.progress(len(chosen))
 
@@ -144,7 +145,11 @@ class _Builder:
         order = torch.argsort(self.local.feature_positions()[self.chosen], stable=True)
         for part in order.split(_PART):
             part = part.sort().values
-            self._fill(self.local.feature_targets(self.chosen[part].tolist()), adjacency, columns, part)
+            targets = self.local.feature_targets(self.chosen[part].tolist())
+            for chosen, block in self._rows(targets):
+                at = part[chosen].tolist()
+                columns.place(block, adjacency, at, [targets.ranks[i] for i in chosen])
+                self._sum(block, at)
 
     def choose(self, total: int, rerank_every: int) -> None:
         """Compute the rows of ``total`` features, the most influential first."""
@@ -153,51 +158,22 @@ class _Builder:
             self.chosen = torch.arange(n_active)
             self._compute_chosen()
             return
-        done: list[Tensor] = []
-        buffer = self.logit_rows.new_zeros(total, self.local.sources.n_columns)
-        n_done = 0
-        while n_done < total:
-            columns = torch.cat(done) if done else self.chosen
-            ranked = self._influence(columns, buffer[:n_done])
-            ranked[columns] = -1
+        known = ChosenRows(self.local.sources, total, self.logit_rows, [r.weight for r in self.resolved])
+        while len(known) < total:
+            ranked = known.influence()
+            ranked[known.columns] = -1
             # Stable: ties go to the lower column.
-            new = torch.argsort(ranked, descending=True, stable=True)[: min(rerank_every, total - n_done)].sort().values
-            self._fill(self.local.feature_targets(new.tolist()), buffer[n_done : n_done + len(new)], None)
-            done.append(new)
-            n_done += len(new)
-        columns = torch.cat(done) if done else self.chosen
-        order = columns.argsort()
-        self.chosen = columns[order]
+            best = torch.argsort(ranked, descending=True, stable=True)
+            new = best[: min(rerank_every, total - len(known))].sort().values
+            first = known.begin(new)
+            for chosen, block in self._rows(self.local.feature_targets(new.tolist())):
+                known.put([first + i for i in chosen], block)
+            known.end(first)
+        self.chosen = known.columns.sort().values
         nodes, adjacency = self.layout = self._lay_out()
-        for start in range(0, total, 1024):
-            part = order[start : start + 1024]
-            rows = buffer[part.to(buffer.device)]
-            adjacency[start : start + len(part)] = nodes.gather(rows).cpu()
-            self._sum(rows, list(range(start, start + len(part))))
-
-    def _influence(self, columns: Tensor, rows: Float[Tensor, "n_done n_columns"]) -> Float[Tensor, "n_active"]:
-        """Influence of every active feature along the rows known so far, counted sources of convention "paper"."""
-        sources, n_active = self.local.sources, self.local.n_active
-        counted = torch.zeros(sources.n_columns, dtype=rows.dtype, device=rows.device)
-        counted[:n_active] = 1
-        for i, point in enumerate(sources.points):
-            if point.kind in (NodeKind.ERROR, NodeKind.TOKEN):
-                counted[sources.column(i) : sources.column(i) + sources.n_pos] = 1
-        result = torch.zeros(n_active, dtype=torch.float64)
-
-        def spread(rows: Tensor, weight: Tensor) -> None:
-            size = rows.abs()
-            totals = (size @ counted).double().cpu()
-            scaled = torch.where(totals > 0, weight / totals.clamp_min(1e-300), 0.0)
-            result.add_((scaled.to(size.dtype).to(size.device) @ size[:, :n_active]).double().cpu())
-
-        spread(self.logit_rows, torch.tensor([r.weight for r in self.resolved], dtype=torch.float64))
-        # A row only reaches features of earlier dictionaries: from the last dictionary to the first, each is final.
-        for f in reversed(sources.features):
-            here = ((columns >= f.start) & (columns < f.start + len(f))).nonzero()[:, 0]
-            if len(here):
-                spread(rows[here.to(rows.device)], result[columns[here]].clone())
-        return result
+        for at, rows, ranks in known.sorted_blocks():
+            nodes.place(rows, adjacency, at, ranks)
+            self._sum(rows, at)
 
     def verify(self) -> None:
         """Compare two rows of the fast path with the reference, and fall back to it if they differ."""
@@ -228,7 +204,7 @@ class _Builder:
             "reference",
             f"fallback: the fast path differed by {worst:.1e} of a row's largest",
         )
-        self._fill(self.logits, self.logit_rows, None)
+        self._fill_logits()
         self._compute_chosen()
 
     def graph(self, max_features: int | None) -> AttributionGraph:

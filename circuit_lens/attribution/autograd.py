@@ -300,9 +300,11 @@ def _contract(
             gradient = at.get(_leaf_of(sources, layer, place))
             if gradient is None:
                 continue
-            for features, vectors in sources.writing(layer, place):
-                values = torch.einsum("nfd,fd->nf", gradient[:, features.pos], vectors)
-                out[:, features.start : features.start + len(features)] += values
+            for features, written in sources.writing(layer, place):
+                for pos in range(sources.n_pos):
+                    here = features.at(pos)
+                    values = torch.einsum("nd,fd->nf", gradient[:, pos], written.at(here))
+                    out[:, features.start + here.start : features.start + here.stop] += values
     for i, point in enumerate(sources.points):
         gradient = at.get(_leaf_of(sources, point.layer, point.place))
         if gradient is not None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from circuit_lens.attribution.frozen import FrozenModel
 from circuit_lens.attribution.mlp_paths import JacobianPath, MlpPath, SkipPath, read_constant, read_value
 from circuit_lens.attribution.sources import ActiveFeatures, PointSource, Sources
+from circuit_lens.attribution.writes import Onward, written_by
 from circuit_lens.dictionaries.binding import layers_of_mlps, reads_where_it_writes
 from circuit_lens.dictionaries.points import Place, Read, Write, read_kind, write_kind
 from circuit_lens.errors import ConsistencyError, DictionaryError
@@ -231,25 +232,27 @@ def _encode(
     pos, index = acts.nonzero(as_tuple=True)
     act, pre_act = acts[pos, index], pre_acts[pos, index]
     del acts, pre_acts
-    rows = dictionary.decoder_rows(index, dtype) * act[:, None, None]
-    require_finite(f"what the features of {dictionary.site} write", rows)
+    onward: list[Onward] = []
+    biases = []
     bias = dictionary.decoder_bias(dtype)
-    written, outputs, biases = [], [], []
     for o, out_layer in enumerate(dictionary.out_layers):
-        vectors, b = rows[:, o], bias[o].expand(frozen.n_pos, -1)
-        kind = write_kind(dictionary.hooks_out[o])
+        b, kind = bias[o].expand(frozen.n_pos, -1), write_kind(dictionary.hooks_out[o])
         if kind is Write.MLP_RAW and frozen.ln2_post[out_layer] is not None:
-            vectors, b = through_post_norm(frozen, out_layer, vectors, pos), _biased(frozen, out_layer, b)
+            onward.append(post_gain(frozen, out_layer))
+            b = _biased(frozen, out_layer, b)
         elif kind is Write.HEADS:
             attention, everywhere = frozen.attention[out_layer], torch.arange(frozen.n_pos, device=pos.device)
-            vectors, b = attention.write_heads(vectors, pos), attention.write_heads(b, everywhere)
-        written.append(vectors)
-        outputs.append(b.new_zeros(b.shape).index_add_(0, pos, vectors))
+            onward.append(attention.write_heads)
+            b = attention.write_heads(b, everywhere)
+        else:
+            onward.append(None)
         biases.append(b)
-    plain = all(vectors.data_ptr() == rows[:, o].data_ptr() for o, vectors in enumerate(written))
-    vectors = rows.transpose(0, 1) if plain else torch.stack(written)
+    written = written_by(dictionary, pos, index, act, frozen.n_pos, onward)
+    outputs = [w.added_to(b.new_zeros(b.shape)) for w, b in zip(written, biases, strict=True)]
+    for output in outputs:  # not finite if any term of its sums is not
+        require_finite(f"what the features of {dictionary.site} write", output)
     counts = torch.bincount(pos, minlength=frozen.n_pos).cumsum(0).tolist()
-    active = ActiveFeatures(dictionary, start, pos, index, act, pre_act, [0, *counts], vectors, read, constant)
+    active = ActiveFeatures(dictionary, start, pos, index, act, pre_act, [0, *counts], written, read, constant)
     return active, outputs, biases
 
 
@@ -266,25 +269,19 @@ def _read(
     return read_value(kind, norm, frozen.base[layer]) + constant, constant
 
 
-def through_post_norm(
-    frozen: FrozenModel, layer: int, vectors: Float[Tensor, "n_active d_model"], pos: Int[Tensor, "n_active"]
-) -> Float[Tensor, "n_active d_model"]:
-    """Pass what features write to the raw MLP output through the block's frozen post-norm.
-
-    Raises:
-        DictionaryError: The norm removes a mean or is linearised: then a feature's share of its output is not defined.
-    """
-    return vectors * _post_gain(frozen, layer)[pos]
-
-
 def _biased(frozen: FrozenModel, layer: int, bias: Float[Tensor, "n_pos d_model"]) -> Float[Tensor, "n_pos d_model"]:
     """Pass a dictionary's bias through the block's frozen post-norm, whose own bias it takes along."""
     post = frozen.ln2_post[layer]
     assert post is not None
-    return bias * _post_gain(frozen, layer) + post.constant_output()
+    return bias * post_gain(frozen, layer) + post.constant_output()
 
 
-def _post_gain(frozen: FrozenModel, layer: int) -> Float[Tensor, "n_pos d_model"]:
+def post_gain(frozen: FrozenModel, layer: int) -> Float[Tensor, "n_pos d_model"]:
+    """Return what a block's frozen post-norm multiplies what features write to the raw MLP output by.
+
+    Raises:
+        DictionaryError: The norm removes a mean or is linearised: then a feature's share of its output is not defined.
+    """
     post = frozen.ln2_post[layer]
     assert post is not None
     if post.linear or post.weights.centered:

@@ -34,7 +34,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from circuit_lens.attribution.frozen import FrozenModel
@@ -146,9 +146,9 @@ class ContrastModel(LocalReplacementModel):
                 rows = rows_by_definition(self.frozen, self.sources, self.clean.frozen, self.baseline.frozen, targets)
             yield list(range(len(targets))), rows
 
-    def _encoder_bias(self, f: ActiveFeatures) -> Float[Tensor, "n_active"]:
+    def _encoder_bias(self, f: ActiveFeatures, which: Int[Tensor, "n"]) -> Float[Tensor, "n"]:
         """The encoder's bias is in both runs and cancels."""
-        return f.pre_act.new_zeros(len(f))
+        return f.pre_act.new_zeros(len(which))
 
     def _resolver(self) -> Resolver:
         runs = self.clean.frozen, self.baseline.frozen

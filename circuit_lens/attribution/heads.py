@@ -210,7 +210,7 @@ def _source(local: LocalReplacementModel, source: Any) -> tuple[str, Vectors]:
         vectors: Vectors = {}
         for o, layer in enumerate(features.dictionary.out_layers):
             vector = torch.zeros_like(local.frozen.tokens)
-            vector[features.pos[i]] = features.vectors[o, i]
+            vector[features.pos[i]] = features.written[o].at(slice(i, i + 1))[0]
             vectors[layer, write_kind(features.dictionary.hooks_out[o]).place] = vector
         return local.source_names[column], vectors
     names = local.source_names

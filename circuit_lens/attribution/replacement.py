@@ -239,20 +239,21 @@ class LocalReplacementModel:
 
         The own bias is the encoder's bias and the encoder row on the constant part of what it reads.
         """
-        values, biases = [], []
-        for f in self.sources.features:
-            own = self._encoder_bias(f)
-            values.append(f.pre_act)
-            if bool(f.read_constant.any()):
-                own = own + (f.encoder_rows() * f.read_constant[f.pos]).sum(-1)
-            biases.append(own)
         wanted = torch.as_tensor(list(columns), dtype=torch.long, device=self.frozen.tokens.device)
-        if not len(wanted):
-            return self.frozen.tokens.new_zeros(0), self.frozen.tokens.new_zeros(0)
-        return torch.cat(values)[wanted], torch.cat(biases)[wanted]
+        values, biases = (self.frozen.tokens.new_zeros(len(wanted)) for _ in range(2))
+        for f in self.sources.features:
+            members = ((wanted >= f.start) & (wanted < f.start + len(f))).nonzero()[:, 0]
+            if not len(members):
+                continue
+            here = wanted[members] - f.start
+            own = self._encoder_bias(f, here)
+            if bool(f.read_constant.any()):
+                own = own + (f.encoder_rows(here) * f.read_constant[f.pos[here]]).sum(-1)
+            values[members], biases[members] = f.pre_act[here], own
+        return values, biases
 
-    def _encoder_bias(self, f: ActiveFeatures) -> Float[Tensor, "n_active"]:
-        return f.encoder_bias()
+    def _encoder_bias(self, f: ActiveFeatures, which: Int[Tensor, "n"]) -> Float[Tensor, "n"]:
+        return f.encoder_bias(which)
 
     def logits(self) -> Float[Tensor, "n_pos d_vocab"]:
         """Return the model's own logits at this prompt, soft-cap included; rebuilt where a cache held none."""

@@ -29,12 +29,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from circuit_lens.attribution.collect import explained_share, patch_points, through_post_norm
+from circuit_lens.attribution.collect import explained_share, patch_points, post_gain
 from circuit_lens.attribution.frozen import FrozenModel, Patch
 from circuit_lens.attribution.linear_maps import FrozenAttention, FrozenNorm, Where
 from circuit_lens.attribution.mlp_paths import MlpPath, read_value
 from circuit_lens.attribution.sources import ActiveFeatures, PointSource, Sources
 from circuit_lens.attribution.targets import FINAL_HOOK, Targets
+from circuit_lens.attribution.writes import written_by
 from circuit_lens.dictionaries.points import Place, Write, parse_hook, read_kind, write_kind
 from circuit_lens.graph.nodes import NodeKind
 
@@ -208,8 +209,8 @@ def _mlp_points(secant: FrozenModel, found: Sources, c: Sources, b: Sources, lay
     """The change of the error at a layer's MLP output, and that of the paths and norms around it."""
     writing = found.writing(layer)
     left = secant.mlp_out[layer].clone()
-    for f, vectors in writing:
-        left.index_add_(0, f.pos, -vectors)
+    for f, written in writing:
+        left = written.added_to(left, -torch.ones_like(f.act))
     path = found.paths[layer]
     if path is not None:
         left -= path.linear(secant.base[layer])
@@ -244,17 +245,14 @@ def _changed(
     act = acts[0] - acts[1]
     noise = _ROUNDING * torch.finfo(dtype).eps * torch.maximum(acts[0], acts[1]).abs()
     pos, index = (act.abs() > noise).nonzero(as_tuple=True)
-    rows = act[pos, index][:, None, None] * d.decoder_rows(index, dtype)
-    vectors = [
-        through_post_norm(secant, layer, rows[:, o], pos) if _written_raw(one, layer, secant) else rows[:, o]
-        for o, layer in enumerate(d.out_layers)
-    ]
+    onward = [post_gain(secant, layer) if _written_raw(one, layer, secant) else None for layer in d.out_layers]
+    written = written_by(d, pos, index, act[pos, index], secant.n_pos, onward)
     counts = torch.bincount(pos, minlength=secant.n_pos).cumsum(0).tolist()
     read = reads[0] - reads[1]
     # The encoder on the change, not the change of the encoder's: rounding is that of changes, as in the row.
     pre_act = (d.encoder_rows(index, dtype) * read[pos]).sum(-1)
     own = read - read_value(kind, norm, secant.base[d.layer])
-    return ActiveFeatures(d, start, pos, index, act[pos, index], pre_act, [0, *counts], torch.stack(vectors), read, own)
+    return ActiveFeatures(d, start, pos, index, act[pos, index], pre_act, [0, *counts], written, read, own)
 
 
 def rows_by_definition(
@@ -307,7 +305,7 @@ def _forward(
         bases.append(x if c.parallel else mid)
         path = sources.paths[layer]
         out = entering(layer, Place.MLP_WRITE, Place.POST_EDIT)
-        for f, vectors in sources.writing(layer):
-            out = out.index_add(0, f.pos, weights[f.start : f.start + len(f), None] * vectors)
+        for f, written in sources.writing(layer):
+            out = written.added_to(out, weights[f.start : f.start + len(f)])
         x = mid + out + (0 if path is None else path.linear(bases[-1]))
     return bases, x

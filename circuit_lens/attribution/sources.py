@@ -15,6 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from circuit_lens.attribution.mlp_paths import MlpPath
+from circuit_lens.attribution.writes import Written
 from circuit_lens.dictionaries.points import Place, write_kind
 from circuit_lens.graph.nodes import NodeKind
 from circuit_lens.protocols import Dictionary
@@ -44,7 +45,7 @@ class ActiveFeatures:
         start: Its first column.
         pos, index, act, pre_act: One entry per active feature.
         offsets: ``offsets[p]:offsets[p + 1]`` are the features at position p.
-        vectors: What each adds to the residual stream, per output layer.
+        written: What each adds to the residual stream, per output layer.
         read: What the encoder reads, per position.
         read_constant: Its constant part, which no source makes up.
     """
@@ -56,7 +57,7 @@ class ActiveFeatures:
     act: Float[Tensor, "n_active"]
     pre_act: Float[Tensor, "n_active"]
     offsets: list[int]
-    vectors: Float[Tensor, "n_out n_active d_model"]
+    written: list[Written]
     read: Float[Tensor, "n_pos d_in"]
     read_constant: Float[Tensor, "n_pos d_in"]
 
@@ -113,12 +114,10 @@ class Sources:
         """Return the first column of a point source."""
         return self.n_features + point * self.n_pos
 
-    def writing(
-        self, layer: int, place: Place = Place.MLP_WRITE
-    ) -> list[tuple[ActiveFeatures, Float[Tensor, "n_active d_model"]]]:
-        """Return the records whose dictionaries write at a layer's place, with the vectors they write there."""
+    def writing(self, layer: int, place: Place = Place.MLP_WRITE) -> list[tuple[ActiveFeatures, Written]]:
+        """Return the records whose dictionaries write at a layer's place, with what they write there."""
         return [
-            (f, f.vectors[o])
+            (f, f.written[o])
             for f in self.features
             for o, hook in enumerate(f.dictionary.hooks_out)
             if f.dictionary.out_layers[o] == layer and write_kind(hook).place is place and len(f)

@@ -338,16 +338,16 @@ class _Batch:
         if self.spread is None and self.local is None:
             return
         start, n = self.n_ended, self.n_ended + self.n_spread
-        for features, vectors in sources.writing(layer, place):
+        for features, written in sources.writing(layer, place):
             for q in range(self.pos + 1):
                 at = features.at(q)
                 if at.stop == at.start:
                     continue
                 columns = slice(features.start + at.start, features.start + at.stop)
                 if self.spread is not None:
-                    self.out[start:n, columns].addmm_(self.spread[q], vectors[at].T)
+                    written.score(self.out[start:n, columns], self.spread[q], at, q)
                 if self.local is not None and q == self.pos:
-                    self.out[n : n + len(self.local), columns].addmm_(self.local, vectors[at].T)
+                    written.score(self.out[n : n + len(self.local), columns], self.local, at, q)
 
     def score_points(self, points: _Points | None, *, spread: bool = True, local: bool = True) -> None:
         """Contract with sources that exist once per position."""
