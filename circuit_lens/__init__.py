@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from circuit_lens import errors as errors
     from circuit_lens import loading as loading
+    from circuit_lens import patchscopes as patchscopes
     from circuit_lens import training as training
     from circuit_lens import zoo as zoo
     from circuit_lens.attribution.replacement import LocalReplacementModel as LocalReplacementModel
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from circuit_lens.errors import InterventionError as InterventionError
     from circuit_lens.errors import LinearizationError as LinearizationError
     from circuit_lens.errors import NodeNotFoundError as NodeNotFoundError
+    from circuit_lens.errors import PatchscopeError as PatchscopeError
     from circuit_lens.errors import ReconstructionError as ReconstructionError
     from circuit_lens.errors import TargetError as TargetError
     from circuit_lens.errors import TokenNotFoundError as TokenNotFoundError
@@ -64,6 +66,13 @@ if TYPE_CHECKING:
     from circuit_lens.loading.failures import FetchError as FetchError
     from circuit_lens.loading.failures import LoadError as LoadError
     from circuit_lens.loading.pairs import load as load
+    from circuit_lens.patchscopes import presets as presets
+    from circuit_lens.patchscopes.explain import explain_feature as explain_feature
+    from circuit_lens.patchscopes.patchscope import patchscope as patchscope
+    from circuit_lens.patchscopes.result import PatchscopeResult as PatchscopeResult
+    from circuit_lens.patchscopes.sources import At as At
+    from circuit_lens.patchscopes.sources import Vectors as Vectors
+    from circuit_lens.patchscopes.targets import Target as Target
     from circuit_lens.replacement_model import ReplacementModel as ReplacementModel
 
 __version__ = "0.1.0"
@@ -91,6 +100,11 @@ _HOMES = {  # module: the public names that live there
     "circuit_lens.interventions.study": ("CardSettings",),
     "circuit_lens.interventions.validation": ("validate_many",),
     "circuit_lens.interop.neuronpedia_url": ("supernodes_from_url",),
+    "circuit_lens.patchscopes.explain": ("explain_feature",),
+    "circuit_lens.patchscopes.patchscope": ("patchscope",),
+    "circuit_lens.patchscopes.result": ("PatchscopeResult",),
+    "circuit_lens.patchscopes.sources": ("At", "Vectors"),
+    "circuit_lens.patchscopes.targets": ("Target",),
     "circuit_lens.errors": (
         "CacheError",
         "CircuitLensError",
@@ -102,6 +116,7 @@ _HOMES = {  # module: the public names that live there
         "InterventionError",
         "LinearizationError",
         "NodeNotFoundError",
+        "PatchscopeError",
         "ReconstructionError",
         "TargetError",
         "TokenNotFoundError",
@@ -112,6 +127,8 @@ _MODULES = {
     "errors": "circuit_lens.errors",
     "loading": "circuit_lens.loading",
     "patching": "circuit_lens.interventions.patching",
+    "patchscopes": "circuit_lens.patchscopes",
+    "presets": "circuit_lens.patchscopes.presets",
     "training": "circuit_lens.training",
     "zoo": "circuit_lens.zoo",
 }

@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -40,7 +40,8 @@ class Decoded:
 
     Attributes:
         tokens: The prompts and the new tokens; a row that is at its end is filled with its end-of-sequence token.
-        logits: The logits that each new token was chosen from, in the model's dtype.
+        logits: The logits that each new token was chosen from, in the model's dtype; of the first alone where no more
+            were kept.
         n_prompt: Number of tokens of a prompt.
         lengths: New tokens of each row, up to and including the end of the sequence.
         cached: Whether the result is that of the cached loop.
@@ -48,7 +49,7 @@ class Decoded:
     """
 
     tokens: Int[Tensor, "n_rows n_total"]
-    logits: Float[Tensor, "n_rows n_new d_vocab"]
+    logits: Float[Tensor, "n_rows n_kept d_vocab"]
     n_prompt: int
     lengths: Int[Tensor, "n_rows"]
     cached: bool
@@ -77,6 +78,7 @@ def decode(
     scope: Scope | None = None,
     shared_prefix: int = 0,
     check: bool = True,
+    keep_logits: Literal["all", "first"] = "all",
 ) -> Decoded:
     """Continue prompts token by token; with and without a cache the result is the same.
 
@@ -102,20 +104,25 @@ def decode(
         shared_prefix: So many first positions are the same in all rows and nothing that ``scope`` changes: with a
             cache they are run once, as one row, outside the scope, and what they leave is expanded to all rows.
         check: Compare with the uncached model; costs one more forward over all positions.
+        keep_logits: Of every new token, or of the first alone: many rows of a large vocabulary take much memory. Then
+            the prompt's own logits are not computed either, but those of its last position, and nothing is checked.
 
     Raises:
         TokensError: Prompts that are no rows of token ids, or that do not leave room for the new tokens; a prefix that
             is not shared.
-        ValueError: A negative temperature, or a count below 1.
+        ValueError: A negative temperature, a count below 1, or a check of logits that are not kept.
         ConsistencyError: Logits that are NaN or infinite.
     """
+    if check and keep_logits == "first":
+        raise ValueError("a check needs the logits of every new token; give keep_logits='all' or check=False")
     around = _everywhere if scope is None else scope
     with plain_tensors(), preserved_rng(), quiet_norm_edits():
         rows = _prompt_rows(model, tokens)
         _require_options(max_new_tokens, temperature, top_k)
         _require_room(model, rows.shape[1], max_new_tokens)
         _require_shared(rows, shared_prefix)
-        settings = _Settings(max_new_tokens, temperature, top_k, seed, _eos(model) if stop_at_eos else None)
+        eos = _eos(model) if stop_at_eos else None
+        settings = _Settings(max_new_tokens, temperature, top_k, seed, eos, keep_logits == "first")
         step, note = _cached_step(model, len(rows)) if use_cache else (None, "")
         if step is not None:
             found = _loop(model, rows, step, around, settings, shared_prefix)
@@ -173,6 +180,7 @@ class _Settings:
     top_k: int | None
     seed: int
     eos: int | None
+    first_only: bool
 
 
 # ------------------------------------------------------------------------------------------------------- one forward
@@ -184,6 +192,10 @@ class _Step(ABC):
     @abstractmethod
     def __call__(self, tokens: Int[Tensor, "n_rows n_next"]) -> Tensor:
         """Return the logits of these positions."""
+
+    @abstractmethod
+    def fill(self, tokens: Int[Tensor, "n_rows n_next"]) -> None:
+        """Do the same without logits (or with few, where the model always computes some)."""
 
     @abstractmethod
     def expand(self, n_rows: int) -> None:
@@ -201,11 +213,16 @@ class _HookedStep(_Step):
         self.cache = self.make(n_rows)
 
     def __call__(self, tokens: Tensor) -> Tensor:
+        return self._run(tokens, "logits")
+
+    def fill(self, tokens: Tensor) -> None:
+        self._run(tokens, None)
+
+    def _run(self, tokens: Tensor, return_type: str | None) -> Any:
         if tokens.shape[0] != len(self.cache.previous_attention_mask):
             self.cache = self.make(tokens.shape[0])
-        return self.model(
-            tokens, return_type="logits", past_kv_cache=self.cache, attention_mask=torch.ones_like(tokens)
-        )
+        mask = torch.ones_like(tokens)
+        return self.model(tokens, return_type=return_type, past_kv_cache=self.cache, attention_mask=mask)
 
     def expand(self, n_rows: int) -> None:
         self.cache.previous_attention_mask = self.cache.previous_attention_mask.expand(n_rows, -1)
@@ -225,15 +242,23 @@ class _BridgeStep(_Step):
         self.takes_positions = "position_ids" in accepted or any(
             p.kind is inspect.Parameter.VAR_KEYWORD for p in accepted.values()
         )
+        self.few = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
 
     def __call__(self, tokens: Tensor) -> Tensor:
+        return self._run(tokens)
+
+    def fill(self, tokens: Tensor) -> None:
+        self._run(tokens, **self.few)
+
+    def _run(self, tokens: Tensor, **options: int) -> Tensor:
         stop = self.done + tokens.shape[1]
         positions = torch.arange(self.done, stop, device=tokens.device).expand_as(tokens)
         given = {"position_ids": positions} if self.takes_positions else {}
         mask = torch.ones(len(tokens), stop, dtype=torch.long, device=tokens.device)
         logits = self.model(
-            tokens, return_type="logits", past_key_values=self.cache, use_cache=True, attention_mask=mask, **given
-        )
+            tokens, return_type="logits", past_key_values=self.cache, use_cache=True, attention_mask=mask,
+            **given, **options,
+        )  # fmt: skip
         self.done = stop
         return logits
 
@@ -261,7 +286,7 @@ def _cached_step(model: Any, n_rows: int) -> tuple[_Step | None, str]:
     return _BridgeStep(model), ""
 
 
-def _plain(model: Any, tokens: Int[Tensor, "n_rows n_pos"]) -> Tensor:
+def uncached(model: Any, tokens: Int[Tensor, "n_rows n_pos"]) -> Tensor:
     """Return the logits of an uncached forward; every token is attended, whatever the tokenizer calls it."""
     if "past_kv_cache" in inspect.signature(model.forward).parameters:
         return model(tokens, return_type="logits", attention_mask=torch.ones_like(tokens))
@@ -288,13 +313,17 @@ def _loop(
     lengths = torch.full((len(rows),), settings.max_new_tokens, device=rows.device)
     ended = torch.zeros(len(rows), dtype=torch.bool, device=rows.device)
     if prefix and step is not None:
-        step(rows[:1, :prefix])
+        step.fill(rows[:1, :prefix])
         step.expand(len(rows))
         done = prefix
     for n_new in range(1, settings.max_new_tokens + 1):
         start, stop = done, tokens.shape[1]
+        if settings.first_only and step is not None and stop - start > 1:
+            with around(start, stop - 1):
+                step.fill(tokens[:, start:-1])
+            start = stop - 1
         with around(start, stop):
-            every = _plain(model, tokens) if step is None else step(tokens[:, start:])
+            every = uncached(model, tokens) if step is None else step(tokens[:, start:])
         done = 0 if step is None else stop
         logits = every[:, -1].clone()  # a view would keep the logits of every position alive
         require_finite("logits", logits)
@@ -303,7 +332,8 @@ def _loop(
             chosen = torch.where(ended, torch.full_like(chosen, settings.eos), chosen)
             lengths = torch.where(~ended & (chosen == settings.eos), torch.full_like(lengths, n_new), lengths)
             ended |= chosen == settings.eos
-        kept.append(logits)
+        if n_new == 1 or not settings.first_only:
+            kept.append(logits)
         tokens = torch.cat([tokens, chosen[:, None]], dim=1)
         if bool(ended.all()):
             break
@@ -314,7 +344,7 @@ def _mismatch(model: Any, found: Decoded, around: Scope) -> str:
     """Return how the cached logits differ from one uncached forward over all that was written, or ""."""
     tokens = found.tokens[:, :-1]
     with around(0, tokens.shape[1]):
-        wanted = _plain(model, tokens)[:, found.n_prompt - 1 :]
+        wanted = uncached(model, tokens)[:, found.n_prompt - 1 :]
     gap = (found.logits - wanted).abs().amax(dim=(0, 2)) / wanted.abs().amax().clamp_min(1e-30)
     limit = _LIMITS.get(wanted.dtype, _LIMIT_HALF)
     worst = float(gap.max())

@@ -60,6 +60,10 @@ class InterventionError(CircuitLensError, ValueError):
     """An intervention that cannot be done as it is written: no such feature, two that contradict, an empty group."""
 
 
+class PatchscopeError(CircuitLensError, ValueError):
+    """A patchscope that cannot be done as it is written: no such layer, a width that does not fit, a map not fitted."""
+
+
 class GraphFileError(CircuitLensError, ValueError):
     """A file that is not a graph, is damaged, or was written by a newer version."""
 

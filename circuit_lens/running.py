@@ -118,12 +118,15 @@ def single_token(model: HookedModel, token: int | str) -> int:
     Raises:
         TargetError: Text that is not exactly one token, or an id outside the vocabulary.
     """
-    d_vocab = int(model.W_U.shape[-1])
+    return token_id(getattr(model, "tokenizer", None), int(model.W_U.shape[-1]), token)
+
+
+def token_id(tokenizer: Any, d_vocab: int, token: int | str) -> int:
+    """Return a token's id, given a model's tokenizer (None: none) and vocabulary; see :func:`single_token`."""
     if isinstance(token, int):
         if not 0 <= token < d_vocab:
             raise TargetError(f"token id {token} is outside the vocabulary of {d_vocab} tokens")
         return token
-    tokenizer: Any = getattr(model, "tokenizer", None)
     if tokenizer is None:
         raise TargetError(f"the model has no tokenizer, so {token!r} cannot be used as a target; give a token id")
     ids = tokenizer.encode(token, add_special_tokens=False)

@@ -1,0 +1,297 @@
+"""One call for every patchscope: source, map, target, for whole grids of layers at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from circuit_lens.errors import PatchscopeError
+from circuit_lens.patchscopes.grid import Grid, Layers, Layout, Part, row_bytes
+from circuit_lens.patchscopes.maps import Map, as_map
+from circuit_lens.patchscopes.readout import Reader, Wording
+from circuit_lens.patchscopes.result import PatchscopeResult
+from circuit_lens.patchscopes.rows import THROUGH, WRITES, Rows, Through, Write
+from circuit_lens.patchscopes.run import say
+from circuit_lens.patchscopes.sources import At, Vectors
+from circuit_lens.patchscopes.targets import Placed, Preset, Target
+from circuit_lens.protocols import Cache, HookedModel
+from circuit_lens.running import Prompt, plain_tensors
+
+Source = At | Iterable[At] | Vectors | Prompt | Cache
+MEMORY = 1.0
+"""Gigabytes that the runs of a grid may take at once, beside the models."""
+
+
+def patchscope(
+    model: HookedModel,
+    source: Source,
+    target: Target | Prompt | Sequence[Target],
+    *,
+    source_layers: Layers = "all",
+    target_layers: Layers | None = None,
+    mapping: Map | nn.Module | None = None,
+    write: Write = "replace",
+    patch_through: Through = "layer",
+    scales: float | Sequence[float] = 1.0,
+    target_model: HookedModel | None = None,
+    max_new_tokens: int | None = None,
+    n_top: int = 10,
+    keep_logits: bool | None = None,
+    read_layer: int | None = None,
+    controls: bool = True,
+    use_cache: bool = True,
+    check: bool = True,
+    memory: float = MEMORY,
+    progress: bool | None = None,
+) -> PatchscopeResult:
+    """Move hidden states into an inspection prompt and read what the model says about them.
+
+    h of a source prompt at a position and layer becomes f(h) at the target prompt's placeholder and layer, and the
+    target prompt runs on from there (Ghandeharioun et al. 2024, Patchscopes, §3). All source layers, target layers,
+    items and scales are rows of one batch over a shared prefix, and text is generated from its keys and values; the
+    result is that of running every cell alone (`circuit_lens.patchscopes.definition`).
+
+    Args:
+        model: A HookedTransformer or TransformerBridge: the source's model.
+        source: ``cl.At(prompt, pos)`` or several; an activation cache (its last position); `Vectors`, or a tensor
+            ``[n_items, d_model]``; or a prompt (its last token).
+        target: ``cl.Target(prompt, at="x")``, or a prompt with the placeholder ``x``; one for all items, or a list with
+            one for each. A preset (`circuit_lens.presets`) brings target layers, map and number of new tokens with it.
+        source_layers: Numbers; -1 is the embedding, l the output of block l. "all": every one that the source has.
+        target_layers: Numbers, "all", "last", or "same": each source layer into itself. None: the preset's; else
+            "same", or "all" for vectors of no layer.
+        mapping: f: a torch module or a `Map`; None: the preset's, else the identity.
+        write: "replace", "add", or "add_matched" (with the placeholder's norm), see `rows.Rows`.
+        patch_through: "layer": at the target layer. "below": also in all layers below it, so that the placeholder's
+            keys and values do not reach what is generated.
+        scales: What f(h) is multiplied with; several are an axis of the grid.
+        target_model: Another model to read with; widths that differ need a map.
+        max_new_tokens: Tokens to generate greedily; 0: the next token's distribution alone. None: the preset's, else 0.
+        n_top: Most probable next tokens to keep.
+        keep_logits: Keep the next token's logits of every run; None: where they take at most a quarter of ``memory``.
+        read_layer: Also keep the residual stream of the target's last position after this layer, ``patched.state``.
+        controls: Also move the embedding of the source's token into every target layer.
+        use_cache: Keep keys and values; without, every new token runs the whole prompt again.
+        check: Compare two rows with runs without cache; where they differ, all are run without, and a note says so.
+        memory: Gigabytes that runs may take at once, beside the models; the grid is run in parts that fit.
+        progress: Show a bar; None: where it takes more than two seconds.
+
+    Returns:
+        A `PatchscopeResult` with axes item, source layer, target layer, scale, and the controls: the prompt without a
+        patch, and the re-embedded token.
+
+    Raises:
+        PatchscopeError: An empty grid, layers or scales that do not exist, a placeholder of several tokens, widths that
+            do not fit, a map that makes NaN.
+        TokensError, TokenNotFoundError: A prompt that is too long or empty, a placeholder that is missing or twice.
+        HookError: A model without hook points of the residual stream.
+        ConsistencyError: States or logits that are NaN or infinite.
+    """
+    _require(write, patch_through, n_top, memory, max_new_tokens)
+    reading = model if target_model is None else target_model
+    with plain_tensors():
+        vectors = as_vectors(model, source)
+        targets = _targets(target, len(vectors))
+        preset = targets[0] if isinstance(targets[0], Preset) else Preset(targets[0].prompt)
+        if target_layers is None:
+            given = isinstance(targets[0], Preset) and not (vectors.layers is None and preset.target_layers == "same")
+            target_layers = preset.target_layers if given else "all" if vectors.layers is None else "same"
+        n_new = preset.max_new_tokens if max_new_tokens is None else max_new_tokens
+        chosen = as_map(preset.mapping if mapping is None else mapping)
+        grid = Grid.of(vectors, reading, source_layers, target_layers, scales, controls)
+        placed, target_of = _placed(reading, targets, vectors)
+        rows = Rows(vectors, (), _NONE, _NONE, chosen, write, patch_through, reading.cfg.d_model)
+        grid, notes = _checked(rows, grid)
+        layout = Layout(grid, len(vectors), target_of)
+        kept = layout.n_rows * reading.cfg.d_vocab * reading.W_U.element_size() <= memory * 1e9 / 4
+        reader = Reader(layout.n_rows, n_top, kept if keep_logits is None else keep_logits)
+        rows = replace(rows, cells=layout.cells)
+        if read_layer is not None:
+            Grid.of(vectors, reading, "all", read_layer, 1.0, controls=False)  # raises where there is no such layer
+        run = _Run(reading, rows, layout, placed, n_new, use_cache, check, memory, read_layer)
+        notes += run.read(reader, progress)
+        settings = _settings(model, reading, targets, run)
+    return _result(run, reader, notes, settings)
+
+
+_NONE = torch.zeros(0, dtype=torch.long)
+
+
+def as_vectors(model: HookedModel, source: Source) -> Vectors:
+    """Return the vectors of whatever a source is given as; see `patchscope`."""
+    if isinstance(source, Vectors):
+        return source
+    if isinstance(source, Tensor):
+        return Vectors.of(source) if source.is_floating_point() else Vectors.from_prompts(model, At(source))
+    if isinstance(source, At | str):
+        return Vectors.from_prompts(model, source if isinstance(source, At) else At(source))
+    if isinstance(source, Cache):
+        return Vectors.from_cache(source, model=model)
+    listed = list(source)
+    positions = [one for one in listed if isinstance(one, At)]
+    ids = [one for one in listed if isinstance(one, int)]
+    if listed and len(positions) == len(listed):
+        return Vectors.from_prompts(model, positions)
+    if listed and len(ids) == len(listed):
+        return Vectors.from_prompts(model, At(ids))
+    raise PatchscopeError(
+        f"{source!r:.80} is no source; give cl.At(prompt, pos) or a list of them, a prompt, an activation cache, or "
+        "cl.Vectors"
+    )
+
+
+def _require(write: str, through: str, n_top: int, memory: float, max_new_tokens: int | None) -> None:
+    if write not in WRITES:
+        raise PatchscopeError(f"write={write!r} is not valid; give one of {', '.join(map(repr, WRITES))}")
+    if through not in THROUGH:
+        raise PatchscopeError(f"patch_through={through!r} is not valid; give one of {', '.join(map(repr, THROUGH))}")
+    if n_top < 1:
+        raise PatchscopeError(f"n_top={n_top} is not valid; give 1 or more")
+    if not memory > 0:
+        raise PatchscopeError(f"memory={memory} is not valid; give gigabytes above 0")
+    if max_new_tokens is not None and max_new_tokens < 0:
+        raise PatchscopeError(f"max_new_tokens={max_new_tokens} is not valid; give 0 or more")
+
+
+def _targets(target: Target | Prompt | Sequence[Target], n_items: int) -> list[Target]:
+    """Return one target for all items, or one for each."""
+    if isinstance(target, Target):
+        return [target]
+    if isinstance(target, Sequence) and not isinstance(target, str) and target and isinstance(target[0], Target):
+        if len(target) != n_items:
+            raise PatchscopeError(f"{n_items} items need one target, or one each; given {len(target)}")
+        return list(target)  # pyright: ignore[reportReturnType]
+    return [Target(target)]  # pyright: ignore[reportArgumentType]
+
+
+def _placed(model: HookedModel, targets: Sequence[Target], vectors: Vectors) -> tuple[list[Placed], list[int]]:
+    """Return the distinct target prompts, and the number of each item's."""
+    known: dict[tuple[Any, ...], int] = {}
+    placed: list[Placed] = []
+    target_of = []
+    for target in targets:
+        one = target.place(model)
+        key = (tuple(one.tokens.tolist()), one.positions)
+        if key not in known:
+            known[key] = len(placed)
+            placed.append(one)
+        target_of.append(known[key])
+        n_slots = vectors.values.shape[2]
+        if n_slots not in (1, len(one.positions)):
+            raise PatchscopeError(
+                f"the source has {n_slots} positions and the target {len(one.positions)} placeholders ({one.text!r}); "
+                "give as many, or one position for all placeholders"
+            )
+    return placed, target_of * len(vectors) if len(targets) == 1 else target_of
+
+
+def _checked(rows: Rows, grid: Grid) -> tuple[Grid, tuple[str, ...]]:
+    """Try every cell's map on one item before anything runs; leave the controls out where the map has none."""
+    one = torch.zeros(1, dtype=torch.long)
+    for cell in grid.cells:
+        for layer in rows.layers(cell):
+            rows.value(cell, layer, one)
+    try:
+        for cell in grid.controls:
+            for layer in rows.layers(cell):
+                rows.value(cell, layer, one)
+    except PatchscopeError as error:
+        return replace(grid, controls=()), (f"no re-embedded control: {error}",)
+    return grid, ()
+
+
+class _Run:
+    """The rows of a grid, run in parts that fit into memory."""
+
+    def __init__(
+        self, reading: HookedModel, rows: Rows, layout: Layout, placed: Sequence[Placed], n_new: int,
+        use_cache: bool, check: bool, memory: float, read_layer: int | None,
+    ) -> None:  # fmt: skip
+        self.reading, self.rows, self.layout, self.placed = reading, rows, layout, placed
+        self.n_new, self.use_cache, self.check, self.memory = n_new, use_cache, check, memory
+        self.read_layer = read_layer
+        self.source = _source_logprobs(rows.vectors, reading)
+
+    def read(self, reader: Reader, progress: bool | None) -> tuple[str, ...]:
+        """Run everything; return what must be noted."""
+        notes: list[str] = []
+        bar = tqdm(
+            total=self.layout.n_rows, desc="patchscope", unit="run", disable=progress is False, leave=False,
+            delay=0 if progress else 2,
+        )  # fmt: skip
+        with bar:
+            for number, target in enumerate(self.placed):
+                use_cache, check = self.use_cache, self.check
+                for part in self.layout.parts(number, self._size(target)):
+                    note = self._part(target, part, reader, use_cache, check)
+                    use_cache, check = use_cache and not note, False
+                    if note and note not in notes:
+                        notes.append(note)
+                    bar.update(len(part.at))
+        return tuple(notes)
+
+    def _size(self, target: Placed) -> int:
+        """Return how many rows fit."""
+        through = max((len(self.rows.layers(cell)) for cell in self.layout.cells), default=1)
+        return max(1, int(self.memory * 1e9 // row_bytes(self.reading, target, self.n_new, through)))
+
+    def _part(self, target: Placed, part: Part, reader: Reader, use_cache: bool, check: bool) -> str:
+        rows = replace(self.rows, item=part.item, cell=part.cell)
+        said = say(self.reading, target, rows, self.n_new, check=check, use_cache=use_cache, read_layer=self.read_layer)
+        source = None
+        if self.source is not None:
+            source = self.source[part.item].masked_fill((part.item < 0)[:, None].to(self.source.device), torch.nan)
+        reader.add(part.at, said, source)
+        return said.note
+
+
+def _source_logprobs(vectors: Vectors, reading: HookedModel) -> Tensor | None:
+    logits = vectors.next_logits
+    if logits is None or logits.shape[-1] != reading.W_U.shape[-1]:
+        return None
+    return (logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits).log_softmax(-1)
+
+
+def _settings(model: HookedModel, reading: HookedModel, targets: Sequence[Target], run: _Run) -> dict[str, Any]:
+    """Return how a result was made, as JSON can say it."""
+    target = targets[0]
+    return {
+        "model": str(getattr(model.cfg, "model_name", "")),
+        "target_model": None if reading is model else str(getattr(reading.cfg, "model_name", "")),
+        "target": target.name,
+        "provenance": target.provenance if isinstance(target, Preset) else "",
+        "mapping": run.rows.mapping.name,
+        "write": run.rows.write,
+        "patch_through": run.rows.through,
+        "max_new_tokens": run.n_new,
+    }
+
+
+def _result(run: _Run, reader: Reader, notes: tuple[str, ...], settings: dict[str, Any]) -> PatchscopeResult:
+    grid, layout, vectors = run.layout.grid, run.layout, run.rows.vectors
+    n_items, whole = len(vectors), reader.done()
+    main = whole.at(slice(0, layout.n_main)).arranged((*grid.shape, n_items), (3, 0, 1, 2))
+    controlled = None
+    if grid.controls:
+        rows = whole.at(slice(layout.n_main, layout.n_patched))
+        controlled = rows.arranged((len(grid.controls), n_items), (1, 0))
+    logits = vectors.next_logits
+    return PatchscopeResult(
+        items=vectors.names,
+        source_layers=grid.source_layers,
+        target_layers=grid.target_layers,
+        scales=grid.scales,
+        patched=main,
+        reembedded=controlled,
+        unpatched=whole.at(layout.n_patched + layout.target_of),
+        source_top=None if logits is None else logits.argmax(-1).cpu(),
+        targets=tuple(run.placed[i].text for i in layout.target_of.tolist()),
+        wording=Wording(getattr(run.reading, "tokenizer", None), int(run.reading.W_U.shape[-1])),
+        settings=settings,
+        notes=notes,
+    )

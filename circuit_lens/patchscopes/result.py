@@ -1,0 +1,408 @@
+"""The result of a grid, with named axes: item, source layer, target layer, scale."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from numpy import ndarray
+from torch import Tensor
+
+from circuit_lens.errors import PatchscopeError, nearest
+from circuit_lens.graph.rates import Mean, Rate, finite
+from circuit_lens.patchscopes.metrics import Accuracy, Answer, How, best_fixed, says
+from circuit_lens.patchscopes.readout import Readout, Wording
+
+if TYPE_CHECKING:
+    import pandas
+
+    from circuit_lens.viewer.heatmap import HeatMap
+
+Measure = Literal["precision", "surprisal", "nll", "entropy", "accuracy"]
+
+
+@dataclass(frozen=True)
+class Patched:
+    """What one cell of a grid says.
+
+    Attributes:
+        item: Name of what was moved.
+        source_layer, target_layer, scale: From where to where, how long.
+        text: What was generated; "" if nothing was.
+        top: The most probable next tokens, with their probabilities.
+        entropy: Of the next token, in nats.
+    """
+
+    item: str
+    source_layer: int | None
+    target_layer: int
+    scale: float
+    text: str
+    top: tuple[tuple[str, float], ...]
+    entropy: float
+
+    def __str__(self) -> str:
+        source = "" if self.source_layer is None else f" layer {self.source_layer}"
+        next_ = "  ".join(f"{token!r} {share:.3f}" for token, share in self.top[:5])
+        said = f"\n  says {self.text!r}" if self.text else ""
+        return f"{self.item}{source} → layer {self.target_layer} × {self.scale:g}{said}\n  next {next_}"
+
+
+@dataclass(frozen=True, eq=False)
+class PatchscopeResult:
+    """What the target prompts say, for every item, source layer, target layer and scale.
+
+    Attributes:
+        items: Names of what was moved.
+        source_layers: Layer -1 is the embedding; (None,) for vectors of no layer.
+        target_layers: Layers, or "same": each source layer into itself, an axis of length 1.
+        scales: What the moved vectors are multiplied with.
+        patched: What the runs say, over (item, source layer, target layer, scale).
+        reembedded: The control: the embedding of the source's token, moved to the same target layers, over (item,
+            target layer); with "same", target layers are the source layers. None: the source has no embedding.
+        unpatched: The control without any patch, over (item).
+        source_top: The ids of the source's own most probable next tokens, by item; None: it was not run.
+        targets: The target prompt of each item, its placeholder in brackets.
+        settings: How it was made.
+        notes: What a user must know: a cache that was not used, a control that could not be made.
+        wording: Turns ids into text.
+    """
+
+    items: tuple[str, ...]
+    source_layers: tuple[int | None, ...]
+    target_layers: tuple[int, ...] | Literal["same"]
+    scales: tuple[float, ...]
+    patched: Readout
+    reembedded: Readout | None
+    unpatched: Readout
+    source_top: Int[Tensor, "n_items"] | None
+    targets: tuple[str, ...]
+    wording: Wording = field(repr=False)
+    settings: dict[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    # ------------------------------------------------------------------------------------------------ axes and cells
+
+    axes = ("item", "source_layer", "target_layer", "scale")
+    """The names of the axes of all arrays."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """How many items, source layers, target layers and scales."""
+        return self.patched.axes
+
+    def target_of(self, source: int, target: int) -> int:
+        """Return the target layer of a cell, by the numbers of its source and target layer."""
+        if self.target_layers == "same":
+            layer = self.source_layers[source]
+            assert layer is not None, "vectors of no layer have target layers of their own"
+            return layer
+        return self.target_layers[target]
+
+    def index(
+        self,
+        item: int | str = 0,
+        source_layer: int | None = None,
+        target_layer: int | None = None,
+        scale: float | None = None,
+    ) -> tuple[int, int, int, int]:
+        """Return the numbers of a cell along the axes; what there is only one of can be left out.
+
+        Raises:
+            PatchscopeError: No such item, layer or scale, or one that must be said.
+        """
+        i = _one("item", item, self.items) if isinstance(item, str) else _number("item", item, len(self.items))
+        if self.target_layers == "same":
+            if target_layer is not None and source_layer not in (None, target_layer):
+                raise PatchscopeError(
+                    f"the grid moves each layer into itself, not layer {source_layer} to {target_layer}"
+                )
+            source_layer = target_layer if source_layer is None else source_layer
+            return i, _one("source layer", source_layer, self.source_layers), 0, _one("scale", scale, self.scales)
+        return (
+            i,
+            _one("source layer", source_layer, self.source_layers),
+            _one("target layer", target_layer, self.target_layers),
+            _one("scale", scale, self.scales),
+        )
+
+    def cell(
+        self,
+        item: int | str = 0,
+        source_layer: int | None = None,
+        target_layer: int | None = None,
+        scale: float | None = None,
+    ) -> Patched:
+        """Return what one cell says; see `index`."""
+        at = self.index(item, source_layer, target_layer, scale)
+        shares = self.patched.top_logprobs[at].exp().tolist()
+        return Patched(
+            self.items[at[0]], self.source_layers[at[1]], self.target_of(at[1], at[2]), self.scales[at[3]],
+            self.texts[at], tuple(zip(self.top_tokens[at].tolist(), shares, strict=True)),
+            float(self.patched.entropy[at]),
+        )  # fmt: skip
+
+    @cached_property
+    def texts(self) -> ndarray:
+        """What was generated, over (item, source layer, target layer, scale); "" if nothing was."""
+        return self.wording.texts(self.patched)
+
+    @cached_property
+    def top_tokens(self) -> ndarray:
+        """The most probable next tokens as text, over (item, source layer, target layer, scale, rank)."""
+        return self.wording.tops(self.patched)
+
+    @property
+    def logits(self) -> Float[Tensor, "n_items n_source_layers n_target_layers n_scales d_vocab"]:
+        """The next token's logits.
+
+        Raises:
+            PatchscopeError: They were not kept.
+        """
+        if self.patched.logits is None:
+            raise PatchscopeError(
+                f"the logits of {int(np.prod(self.shape))} runs were not kept; give keep_logits=True, or read "
+                "top_tokens"
+            )
+        return self.patched.logits
+
+    # ------------------------------------------------------------------------------------------------------- metrics
+
+    def precision_at_1(self) -> Float[ndarray, "n_source_layers n_target_layers n_scales"]:
+        """Return the share of items whose most probable token is the source's (Ghandeharioun et al. 2024, §4.1).
+
+        Raises:
+            PatchscopeError: The source has no next token.
+        """
+        return self._agrees().mean(0)
+
+    def surprisal(self) -> Float[ndarray, "n_source_layers n_target_layers n_scales"]:
+        """Return the mean of -log p_source(the patched run's most probable token), in nats: the paper's surprisal.
+
+        Raises:
+            PatchscopeError: The source has no next token.
+        """
+        self._agrees()
+        return self.patched.surprisal.mean(0).numpy()
+
+    def nll(
+        self, answers: Sequence[str | int] | None = None
+    ) -> Float[ndarray, "n_source_layers n_target_layers n_scales"]:
+        """Return the mean of -log p_patched(token), in nats: the plain negative log-likelihood.
+
+        Args:
+            answers: One token for each item, by id or as text; None: the source's most probable next token.
+
+        Raises:
+            PatchscopeError: The source has no next token, logits were not kept, or an answer is not one token.
+        """
+        if answers is None:
+            self._agrees()
+            return self.patched.source_nll.mean(0).numpy()
+        self._require_answers(answers)
+        logprobs = self.logits.log_softmax(-1)
+        ids = torch.tensor([self.wording.token(answer) for answer in answers])
+        at = ids.reshape(-1, 1, 1, 1, 1).expand(*logprobs.shape[:-1], 1)
+        return -logprobs.gather(-1, at)[..., 0].mean(0).numpy()
+
+    def _agrees(self) -> Bool[ndarray, "n_items n_source_layers n_target_layers n_scales"]:
+        if self.source_top is None:
+            raise PatchscopeError(
+                "the source was not run, so there is no next token to compare with; give prompts as source "
+                "(cl.At(prompt, pos)), or answers"
+            )
+        if bool(self.patched.surprisal.isnan().any()):
+            raise PatchscopeError(
+                "the source's and the target's vocabularies differ, so next tokens cannot be compared"
+            )
+        return (self.patched.top_tokens[..., 0] == self.source_top.reshape(-1, 1, 1, 1)).numpy()
+
+    def right(
+        self, answers: Sequence[Answer], how: How = "contains"
+    ) -> Bool[ndarray, "n_items n_source_layers n_target_layers n_scales"]:
+        """Return which cells say the answer: in what was generated, or else as the most probable next token.
+
+        Args:
+            answers: One for each item, or several of which any counts. Matched as whole words, see `metrics.says`.
+            how: "contains": anywhere in the text; "starts": at its beginning.
+        """
+        self._require_answers(answers)
+        return self._hits(self.patched, answers, how)
+
+    def accuracy(
+        self, answers: Sequence[Answer], how: How = "contains", *, embedding: bool = False, seed: int = 0
+    ) -> Accuracy:
+        """Return how often the items are right, by any cell, by one fixed cell, and beside the controls.
+
+        Args:
+            answers: See `right`.
+            how: See `right`.
+            embedding: Count the source's embedding among the source layers; otherwise it is a control alone.
+            seed: Of the halves of the items on which the fixed cell is chosen and scored.
+        """
+        self._require_answers(answers)
+        kept = [n for n, layer in enumerate(self.source_layers) if embedding or layer != -1] or [0]
+        layers = tuple(self.source_layers[n] for n in kept)
+        right = self._hits(self.patched, answers, how)[:, kept]
+        chosen = best_fixed(right, seed) if len(right) > 1 else None
+        cells: tuple[tuple[int | None, int | str, float], ...] = ()
+        controlled, gain = None, None
+        if chosen is not None:
+            cells = tuple(self._named(kept[s], t, a) for s, t, a in chosen.cells)
+            if self.reembedded is not None:
+                again = self._hits(self.reembedded, answers, how)
+                columns = [kept[s] if self.target_layers == "same" else t for s, t, _ in chosen.cells]
+                hits = np.where(chosen.fold, again[:, columns[1]], again[:, columns[0]])
+                controlled, gain = (
+                    Rate.of([bool(hit) for hit in hits]),
+                    Mean.of((chosen.right.astype(float) - hits.astype(float)).tolist()),
+                )
+        return Accuracy(
+            any_layer=Rate.of(right.any((1, 2, 3)).tolist()),
+            any_target_layer=tuple(Rate.of(right[:, s].any((1, 2)).tolist()) for s in range(len(kept))),
+            best_fixed=None if chosen is None else Rate.of(chosen.right.tolist()),
+            cells=cells,
+            unpatched=Rate.of(self._hits(self.unpatched, answers, how).tolist()),
+            reembedded=controlled,
+            gain=gain,
+            by_cell=right.mean(0),
+            source_layers=layers,
+        )
+
+    def _named(self, source: int, target: int, scale: int) -> tuple[int | None, int | str, float]:
+        to = "same" if self.target_layers == "same" else self.target_layers[target]
+        return self.source_layers[source], to, self.scales[scale]
+
+    def _hits(self, readout: Readout, answers: Sequence[Answer], how: How) -> ndarray:
+        said = self.wording.texts(readout) if readout.new_tokens.shape[-1] else self.wording.tops(readout)[..., 0]
+        found = np.zeros(readout.axes, dtype=bool)
+        for i, answer in enumerate(answers):
+            known: dict[str, bool] = {}
+            for at in np.ndindex(*readout.axes[1:]):
+                text = said[(i, *at)]
+                if text not in known:
+                    known[text] = says(text, answer, how)
+                found[(i, *at)] = known[text]
+        return found
+
+    def _require_answers(self, answers: Sequence[Any]) -> None:
+        if isinstance(answers, str) or len(answers) != len(self.items):
+            raise PatchscopeError(f"{len(self.items)} items need a list of as many answers; given {answers!r:.80}")
+
+    # --------------------------------------------------------------------------------------------------------- views
+
+    def heatmap(
+        self,
+        measure: Measure = "entropy",
+        *,
+        item: int | str | None = None,
+        answers: Sequence[Answer] | None = None,
+        scale: float | None = None,
+    ) -> HeatMap:
+        """Return a heat map of source layers (rows) and target layers (columns), with ``figure()`` and ``to_html()``.
+
+        Every cell shows, in HTML, what was said there. With "same" target layers, items are rows and layers columns.
+
+        Args:
+            measure: "precision" (the source's most probable token comes first), "surprisal", "nll", "entropy", or
+                "accuracy" (needs answers).
+            item: One item; None: the mean over all.
+            answers: For "accuracy" and "nll".
+            scale: Which, where there are several.
+
+        Raises:
+            PatchscopeError: What the measure needs is missing.
+        """
+        from circuit_lens.patchscopes.pictures import heatmap
+
+        return heatmap(self, measure, item=item, answers=answers, scale=scale)
+
+    def to_frame(self) -> pandas.DataFrame:
+        """Return a line for each item, source layer, target layer and scale, as a pandas frame.
+
+        Raises:
+            ImportError: pandas is not installed.
+        """
+        import pandas
+
+        return pandas.DataFrame(self.records())
+
+    def records(self) -> list[dict[str, Any]]:
+        """Return a line for each item, source layer, target layer and scale: names, text, tokens and figures."""
+        lines = []
+        for at in np.ndindex(*self.shape):
+            i, s, t, a = at
+            lines.append(
+                {
+                    "item": self.items[i],
+                    "source_layer": self.source_layers[s],
+                    "target_layer": self.target_of(s, t),
+                    "scale": self.scales[a],
+                    "text": self.texts[at],
+                    "top_token": self.top_tokens[at][0],
+                    "probability": float(self.patched.top_logprobs[at][0].exp()),
+                    "entropy": finite(float(self.patched.entropy[at])),
+                    "surprisal": finite(float(self.patched.surprisal[at])),
+                    "source_nll": finite(float(self.patched.source_nll[at])),
+                }
+            )
+        return lines
+
+    def to_json(self) -> dict[str, Any]:
+        """Return everything but logits as data that JSON can say."""
+        unpatched = self.wording.texts(self.unpatched), self.wording.tops(self.unpatched)[..., 0]
+        return {
+            "settings": self.settings,
+            "notes": list(self.notes),
+            "targets": list(self.targets),
+            "items": list(self.items),
+            "source_top": None
+            if self.source_top is None
+            else [self.wording.text([i]) for i in self.source_top.tolist()],
+            "unpatched": [{"text": text, "top_token": top} for text, top in zip(*unpatched, strict=True)],
+            "cells": self.records(),
+        }
+
+    def __str__(self) -> str:
+        n_items, n_source, n_target, n_scales = self.shape
+        parts = [f"{n_items} items", f"{n_source} source layers"]
+        parts.append("into the same layer" if self.target_layers == "same" else f"{n_target} target layers")
+        parts += [f"{n_scales} scales"] if n_scales > 1 else []
+        lines = [f"Patchscope: {', '.join(parts)}", f"target {self.targets[0]!r}"]
+        lines += [f"note: {note}" for note in self.notes]
+        for i, name in enumerate(self.items[:8]):
+            for s, layer in enumerate(self.source_layers):
+                at = (i, s, 0 if self.target_layers == "same" else n_target // 2, 0)
+                said = self.texts[at] or self.top_tokens[at][0]
+                where = "" if layer is None else f" L{layer}"
+                lines.append(f"  {name}{where} → L{self.target_of(at[1], at[2])}: {said!r}")
+        lines += [f"  … {n_items - 8} more items"] if n_items > 8 else []
+        return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        return f"<pre>{html.escape(str(self))}</pre>"
+
+
+def _number(what: str, number: int, n: int) -> int:
+    if not -n <= number < n:
+        raise PatchscopeError(f"{what} {number} does not exist; there are {n}")
+    return number % n
+
+
+def _one(what: str, wanted: Any, valid: Sequence[Any]) -> int:
+    """Return the number of what is wanted; None where there is only one."""
+    if wanted is None and len(valid) == 1:
+        return 0
+    if wanted not in valid:
+        hint = nearest(str(wanted), [str(one) for one in valid]) if isinstance(wanted, str) else ""
+        given = "none was given" if wanted is None else f"given {wanted!r}"
+        raise PatchscopeError(f"which {what}? {given}; there are {', '.join(map(str, valid[:20]))}{hint}")
+    if list(valid).count(wanted) > 1:
+        raise PatchscopeError(f"{what} {wanted!r} occurs {list(valid).count(wanted)} times; give its number")
+    return list(valid).index(wanted)

@@ -1,0 +1,121 @@
+"""Where vectors are moved to: a target prompt with a placeholder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from circuit_lens.errors import PatchscopeError, TokensError
+from circuit_lens.graph.positions import find_position
+from circuit_lens.patchscopes.maps import Map
+from circuit_lens.protocols import HookedModel
+from circuit_lens.running import Prompt, to_tokens, token_strings
+
+Messages = Sequence[Mapping[str, str]]
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A target prompt of one model.
+
+    Attributes:
+        tokens: Its ids.
+        positions: Of the placeholders, ascending.
+        strings: The text of each token.
+    """
+
+    tokens: Int[Tensor, "n_pos"]
+    positions: tuple[int, ...]
+    strings: tuple[str, ...]
+
+    @property
+    def text(self) -> str:
+        """The prompt's tokens, the placeholders in brackets."""
+        return "".join(f"[{text}]" if i in self.positions else text for i, text in enumerate(self.strings))
+
+
+@dataclass(frozen=True)
+class Target:
+    """A prompt in which a vector is read.
+
+    Attributes:
+        prompt: Text, token ids, or the messages of a chat (``[{"role": "user", "content": "..."}]``), which the
+            tokenizer's chat template turns into tokens, up to where the assistant answers.
+        at: The placeholder: a position or the text of exactly one token; several of them for as many placeholders.
+        which: Which occurrence of a text that occurs more than once, ``"all"`` for all of them.
+        name: For tables.
+    """
+
+    prompt: Prompt | Messages
+    at: int | str | Sequence[int | str] = "x"
+    which: Literal["first", "last", "all"] | int | None = None
+    name: str = ""
+
+    def place(self, model: HookedModel) -> Placed:
+        """Return the tokens and the placeholders' positions.
+
+        Raises:
+            TokensError: No prompt, or a chat for a tokenizer without chat template.
+            TokenNotFoundError: A placeholder that is not there, or there more than once without ``which``.
+            PatchscopeError: A placeholder of several tokens, or the same one twice.
+        """
+        tokens = _tokens(model, self.prompt)
+        strings = token_strings(model, tokens)
+        given = [self.at] if isinstance(self.at, int | str) else list(self.at)
+        positions = [i for one in given for i in self._find(strings, one)]
+        if not positions or len(set(positions)) != len(positions):
+            raise PatchscopeError(
+                f"at={self.at!r} names positions {positions}: give at least one, each once. The tokens are "
+                f"{list(strings)}"
+            )
+        return Placed(tokens, tuple(sorted(positions)), strings)
+
+    def _find(self, strings: Sequence[str], one: int | str) -> list[int]:
+        if self.which == "all" and isinstance(one, str):
+            found = [i for i, text in enumerate(strings) if _same(text, one)]
+            return found or [find_position(strings, one)]
+        which = None if self.which == "all" else self.which
+        position = find_position(strings, one, which=which)
+        if isinstance(one, str) and not _same(strings[position], one):
+            raise PatchscopeError(
+                f"the placeholder {one!r} is no single token of the target, whose tokens are {list(strings)}; take a "
+                "placeholder that is one token, or give the positions of all its tokens: at=(3, 4)"
+            )
+        return [position]
+
+
+@dataclass(frozen=True)
+class Preset(Target):
+    """A target prompt with the settings that it is meant for; what `patchscope` is given stands before them.
+
+    Attributes:
+        target_layers: Layers, "all", "same" (each source layer into itself) or "last".
+        max_new_tokens: Tokens to generate.
+        mapping: f; None: the identity.
+        provenance: Where the text and the settings come from.
+    """
+
+    target_layers: str | int | tuple[int, ...] = "same"
+    max_new_tokens: int = 0
+    mapping: Map | None = None
+    provenance: str = ""
+
+
+def _same(token: str, text: str) -> bool:
+    """Whether a token is this text, with or without the blanks around it."""
+    return token == text or token.replace("Ġ", " ").replace("▁", " ").strip() == text.strip()
+
+
+def _tokens(model: HookedModel, prompt: Prompt | Messages) -> Int[Tensor, "n_pos"]:
+    if isinstance(prompt, str | Tensor) or not prompt or not isinstance(prompt[0], Mapping):
+        return to_tokens(model, prompt)  # pyright: ignore[reportArgumentType]
+    tokenizer: Any = getattr(model, "tokenizer", None)
+    if getattr(tokenizer, "chat_template", None) is None:
+        raise TokensError("the model's tokenizer has no chat template; give the target prompt as text or token ids")
+    ids = tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True, tokenize=True)
+    return to_tokens(model, torch.as_tensor(ids["input_ids"] if isinstance(ids, Mapping) else ids))
