@@ -50,14 +50,15 @@ class Readout:
     def at(self, *index: Any) -> Readout:
         """Return the part at an index of the leading axes."""
         parts: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
-        return Readout(**{name: None if value is None else value[index] for name, value in parts.items()})
+        cut: dict[str, Any] = {name: None if value is None else value[index] for name, value in parts.items()}
+        return Readout(**cut)
 
     def arranged(self, shape: Sequence[int], order: Sequence[int]) -> Readout:
         """Return flat runs with axes of these lengths, put into this order."""
         n = len(self.axes)
         assert n == 1, "only flat runs can be arranged"
 
-        def moved(value: Tensor | None) -> Tensor | None:
+        def moved(value: Tensor | None) -> Any:
             if value is None:
                 return None
             whole = value.reshape(*shape, *value.shape[1:])

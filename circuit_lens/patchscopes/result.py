@@ -259,16 +259,14 @@ class PatchscopeResult:
                 again = self._hits(self.reembedded, answers, how)
                 columns = [kept[s] if self.target_layers == "same" else t for s, t, _ in chosen.cells]
                 hits = np.where(chosen.fold, again[:, columns[1]], again[:, columns[0]])
-                controlled, gain = (
-                    Rate.of([bool(hit) for hit in hits]),
-                    Mean.of((chosen.right.astype(float) - hits.astype(float)).tolist()),
-                )
+                controlled = _rate(hits)
+                gain = Mean.of((chosen.right.astype(float) - hits.astype(float)).tolist())
         return Accuracy(
-            any_layer=Rate.of(right.any((1, 2, 3)).tolist()),
-            any_target_layer=tuple(Rate.of(right[:, s].any((1, 2)).tolist()) for s in range(len(kept))),
-            best_fixed=None if chosen is None else Rate.of(chosen.right.tolist()),
+            any_layer=_rate(right.any((1, 2, 3))),
+            any_target_layer=tuple(_rate(right[:, s].any((1, 2))) for s in range(len(kept))),
+            best_fixed=None if chosen is None else _rate(chosen.right),
             cells=cells,
-            unpatched=Rate.of(self._hits(self.unpatched, answers, how).tolist()),
+            unpatched=_rate(self._hits(self.unpatched, answers, how)),
             reembedded=controlled,
             gain=gain,
             by_cell=right.mean(0),
@@ -387,6 +385,10 @@ class PatchscopeResult:
 
     def _repr_html_(self) -> str:
         return f"<pre>{html.escape(str(self))}</pre>"
+
+
+def _rate(hits: Any) -> Rate:
+    return Rate(int(np.asarray(hits).sum()), len(hits))
 
 
 def _number(what: str, number: int, n: int) -> int:
