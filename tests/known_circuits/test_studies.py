@@ -164,6 +164,7 @@ def test_a_state_a_country_and_a_province_can_be_injected_and_the_province_is_th
 # Languages
 
 
+@pytest.mark.slow
 def test_the_language_is_exchanged_and_random_features_do_not(capitals, words):
     table = multilingual.language_table(capitals, words=words, sources=("French", "Spanish"), targets=["English"])
     assert len(table.rows) == 2
@@ -174,6 +175,7 @@ def test_the_language_is_exchanged_and_random_features_do_not(capitals, words):
         assert row.cells["whole position"].share >= 0.85, row.name
 
 
+@pytest.mark.slow
 def test_the_operand_is_exchanged_for_what_english_switches_on(capitals, words):
     table = multilingual.operand_table(capitals, words=words, n=22)
     for language in ("French", "Spanish"):

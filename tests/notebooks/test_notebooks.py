@@ -56,6 +56,7 @@ def test_a_tutorial_is_stored_clean(path):
             assert not [output for output in cell.outputs if output.get("name") == "stderr"]
 
 
+@pytest.mark.tutorial
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_tutorial_runs_from_a_clean_kernel_and_draws_its_figures(path):
     notebook = read(path)
