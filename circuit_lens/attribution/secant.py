@@ -41,6 +41,7 @@ from circuit_lens.graph.nodes import NodeKind
 
 # Units of rounding by which a feature's activations must differ to be a change.
 _ROUNDING = 32
+_PART = 4096  # features whose encoder rows are held at once
 
 
 @dataclass(frozen=True, eq=False)
@@ -250,7 +251,8 @@ def _changed(
     counts = torch.bincount(pos, minlength=secant.n_pos).cumsum(0).tolist()
     read = reads[0] - reads[1]
     # The encoder on the change, not the change of the encoder's: rounding is that of changes, as in the row.
-    pre_act = (d.encoder_rows(index, dtype) * read[pos]).sum(-1)
+    parts = zip(index.split(_PART), pos.split(_PART), strict=True)
+    pre_act = torch.cat([(d.encoder_rows(which, dtype) * read[at]).sum(-1) for which, at in parts])
     own = read - read_value(kind, norm, secant.base[d.layer])
     return ActiveFeatures(d, start, pos, index, act[pos, index], pre_act, [0, *counts], written, read, own)
 
