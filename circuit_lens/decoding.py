@@ -286,6 +286,11 @@ def _cached_step(model: Any, n_rows: int) -> tuple[_Step | None, str]:
     return _BridgeStep(model), ""
 
 
+def why_uncached(model: Any) -> str:
+    """Return why `decode` has no cache for this model, or "" if it has one."""
+    return _cached_step(model, 1)[1]
+
+
 def uncached(model: Any, tokens: Int[Tensor, "n_rows n_pos"]) -> Tensor:
     """Return the logits of an uncached forward; every token is attended, whatever the tokenizer calls it."""
     if "past_kv_cache" in inspect.signature(model.forward).parameters:

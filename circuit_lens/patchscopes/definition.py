@@ -11,12 +11,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from circuit_lens.hooks import Hook
+from circuit_lens.decoding import uncached
+from circuit_lens.hooks import Hook, preserved_rng, quiet_norm_edits, scoped_hooks
 from circuit_lens.patchscopes.rows import Rows, written
 from circuit_lens.patchscopes.sources import residual_hook
 from circuit_lens.patchscopes.targets import Placed
 from circuit_lens.protocols import HookedModel
-from circuit_lens.running import forward, plain_tensors
+from circuit_lens.running import plain_tensors
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,4 +96,5 @@ def _run(
         return Hook(residual_hook(layer), edit)
 
     hooks = [hook(layer, value) for layer, (_, value) in row.writes().items()]
-    return forward(model, tokens, hooks=[*hooks, *keep])[-1].clone()
+    with preserved_rng(), quiet_norm_edits(), scoped_hooks(model, [*hooks, *keep]):
+        return uncached(model, tokens[None])[0, -1].clone()

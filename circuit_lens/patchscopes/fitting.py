@@ -57,6 +57,8 @@ def fit_map(
     """
     target = model if target_model is None else target_model
     _require(model, target, kind, skip)
+    if isinstance(texts, str):
+        raise PatchscopeError("texts is one text; give a list of them")
     found = layer_pairs(pairs, range(EMBEDDING, model.cfg.n_layers), range(EMBEDDING, target.cfg.n_layers))
     fit, held, counted = _Moments(found), _Moments(found), 0
     bar = tqdm(texts, desc="fitting", unit="text", disable=None if progress is None else not progress, leave=False)
@@ -65,6 +67,7 @@ def fit_map(
             tokens = to_tokens(model, text)
             if len(tokens) <= skip:
                 continue
+            to_tokens(target, tokens)  # raises where the target's context or vocabulary is smaller
             xs = _streams(model, tokens, {a for a, _ in found}, skip)
             ys = _streams(target, tokens, {b for _, b in found}, skip)
             out = (counted + torch.arange(len(tokens) - skip)) % HELD_OUT == HELD_OUT - 1
@@ -78,9 +81,22 @@ def fit_map(
             )
         solved = {pair: fit.solve(pair, kind) for pair in found}
         explained = {pair: held.explained(pair, *solved[pair]) for pair in found}
-    dtype = model.W_U.dtype
+    dtype = torch.promote_types(model.W_U.dtype, torch.float32)
     matrices = {pair: matrix.to(dtype) for pair, (matrix, _) in solved.items()}
     return Fitted(matrices, {pair: bias.to(dtype) for pair, (_, bias) in solved.items()}, explained, kind)
+
+
+def same_vocabulary(a: HookedModel, b: HookedModel) -> bool:
+    """Return whether two models' tokens are the same: by their tokenizers, or else by their number.
+
+    Models of one family share a tokenizer, and pad their tables of tokens to different widths (Pythia).
+    """
+    if a is b:
+        return True
+    one, other = getattr(a, "tokenizer", None), getattr(b, "tokenizer", None)
+    if one is None or other is None:
+        return a.cfg.d_vocab == b.cfg.d_vocab
+    return one is other or one.get_vocab() == other.get_vocab()
 
 
 def _require(model: HookedModel, target: HookedModel, kind: str, skip: int) -> None:
@@ -88,10 +104,10 @@ def _require(model: HookedModel, target: HookedModel, kind: str, skip: int) -> N
         raise PatchscopeError(f"kind={kind!r} is not valid; give 'affine', 'linear' or 'orthogonal'")
     if skip < 0:
         raise PatchscopeError(f"skip={skip} is not valid; give the number of positions to leave out, 0 or more")
-    if model.cfg.d_vocab != target.cfg.d_vocab:
+    if not same_vocabulary(model, target):
         raise PatchscopeError(
-            f"the models have vocabularies of {model.cfg.d_vocab} and {target.cfg.d_vocab} tokens; a map is fitted on "
-            "the same tokens in both"
+            f"the models have different vocabularies, of {model.cfg.d_vocab} and {target.cfg.d_vocab} tokens; a map is "
+            "fitted on the same tokens in both"
         )
     if kind == "orthogonal" and model.cfg.d_model != target.cfg.d_model:
         raise PatchscopeError(
@@ -154,7 +170,9 @@ class _Moments:
         else:
             xx = self.xx[a] - shift * self.n * torch.outer(mean_x, mean_x)
             values, vectors = torch.linalg.eigh(xx)
-            spanned = values > values[-1] * len(values) * torch.finfo(torch.float64).eps
+            # Second moments round by a share of the uncentred ones: what is below is no direction of the data.
+            largest = max(float(values[-1]), self.n * float(mean_x.square().sum()))
+            spanned = values > largest * len(values) * torch.finfo(torch.float64).eps
             inverse = torch.where(spanned, 1 / values, 0.0)
             matrix = vectors @ (inverse[:, None] * (vectors.T @ xy))
         return matrix, shift * (mean_y - mean_x @ matrix)

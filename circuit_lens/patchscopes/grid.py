@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -112,7 +113,10 @@ def _layers(wanted: Layers, known: Sequence[int]) -> list[int]:
         case int():
             return [wanted]
         case _:
-            found = [int(layer) for layer in wanted]
+            try:
+                found = [operator.index(layer) for layer in wanted]
+            except TypeError as error:
+                raise PatchscopeError(f"layers {wanted!r:.80} is not valid; give whole numbers") from error
             if not found or len(set(found)) != len(found):
                 raise PatchscopeError(f"layers {found}: give at least one, and each once")
             return found
@@ -157,7 +161,7 @@ class Layout:
             yield Part(item[chosen], cell[chosen], at[chosen])
 
 
-def row_bytes(model: HookedModel, target: Placed, max_new_tokens: int, n_writes: int) -> int:
+def row_bytes(model: HookedModel, target: Placed, max_new_tokens: int, n_writes: int, *, use_cache: bool = True) -> int:
     """Return about how much memory one row takes while it runs: keys and values, activations, logits, what is written.
 
     Args:
@@ -165,12 +169,17 @@ def row_bytes(model: HookedModel, target: Placed, max_new_tokens: int, n_writes:
         target: The prompt; what stands before its placeholder is run once.
         max_new_tokens: Tokens to generate.
         n_writes: Layers at which a row is written, at most.
+        use_cache: Keep keys and values; without, all positions are run at once, and logits are made of all.
     """
     cfg: Any = model.cfg
     size = model.W_U.element_size()
-    n_pos, n_own = len(target.tokens), len(target.tokens) - target.positions[0]
+    n_pos = len(target.tokens)
+    n_own = n_pos - target.positions[0]
+    if not use_cache:
+        n_pos = n_own = n_pos + max_new_tokens
     n_kv = getattr(cfg, "n_key_value_heads", None) or cfg.n_heads
     d_mlp = getattr(cfg, "d_mlp", None) or 4 * cfg.d_model
-    kept = 2 * cfg.n_layers * n_kv * cfg.d_head * (n_pos + max_new_tokens)
+    kept = 2 * cfg.n_layers * n_kv * cfg.d_head * (n_pos + max_new_tokens) if use_cache else 0
+    every = 2 * n_own * cfg.d_vocab if not use_cache else 0
     at_once = n_own * (10 * cfg.d_model + 4 * d_mlp) + 4 * cfg.n_heads * n_own * n_pos
-    return size * (kept + at_once + n_writes * cfg.d_model) + 6 * max(size, 4) * cfg.d_vocab
+    return size * (kept + at_once + every + n_writes * cfg.d_model) + 6 * max(size, 4) * cfg.d_vocab

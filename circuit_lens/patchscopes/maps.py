@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import operator
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -49,7 +50,8 @@ class Map(ABC):
         tensors, manifest = self._numbers()
         manifest = {"format": FORMAT, "version": VERSION} | manifest
         with atomic_path(path) as part:
-            save_file({name: t.contiguous() for name, t in tensors.items()}, part, {"manifest": json.dumps(manifest)})
+            copies = {name: t.contiguous().clone() for name, t in tensors.items()}  # tied ones cannot be stored
+            save_file(copies, part, {"manifest": json.dumps(manifest)})
 
     def _numbers(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise PatchscopeError(
@@ -107,7 +109,13 @@ class ScaleBias(Map):
     def __call__(
         self, h: Float[Tensor, "*batch d_model"], source_layer: int | None, target_layer: int
     ) -> Float[Tensor, "*batch d_model"]:
-        """Return the scaled and shifted vectors."""
+        """Return the scaled and shifted vectors.
+
+        Raises:
+            PatchscopeError: A bias of another width.
+        """
+        if self.bias is not None and self.bias.shape != h.shape[-1:]:
+            raise PatchscopeError(f"the bias has shape {tuple(self.bias.shape)}; the vectors have width {h.shape[-1]}")
         return h * self.scale + (0.0 if self.bias is None else self.bias.to(h))
 
     def _numbers(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -126,8 +134,9 @@ class ModuleMap(Map):
     def __call__(
         self, h: Float[Tensor, "*batch d_in"], source_layer: int | None, target_layer: int
     ) -> Float[Tensor, "*batch d_out"]:
-        """Return what the module makes of the vectors."""
-        return self.module(h)
+        """Return what the module makes of the vectors, which it gets in its own dtype and on its own device."""
+        own = next((p for p in self.module.parameters() if p.is_floating_point()), h)
+        return self.module(h.to(own))
 
     def _numbers(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors = {f"state.{name}": t.detach().cpu() for name, t in self.module.state_dict().items()}
@@ -157,7 +166,13 @@ class Fitted(Map):
                 f"and {sorted(self.biases)}"
             )
         for pair, matrix in self.matrices.items():
-            for tensor in (matrix, self.biases[pair]):
+            bias = self.biases[pair]
+            if matrix.ndim != 2 or bias.shape != matrix.shape[1:]:
+                raise PatchscopeError(
+                    f"the map from layer {pair[0]} to layer {pair[1]} has a matrix of shape {tuple(matrix.shape)} and "
+                    f"a bias of shape {tuple(bias.shape)}; they are [d_in, d_out] and [d_out]"
+                )
+            for tensor in (matrix, bias):
                 if not bool(torch.isfinite(tensor).all()):
                     raise PatchscopeError(f"the map from layer {pair[0]} to layer {pair[1]} holds NaN or infinity")
 
@@ -186,7 +201,9 @@ class Fitted(Map):
         matrix = self.matrices[pair]
         if h.shape[-1] != len(matrix):
             raise PatchscopeError(f"the map reads vectors of width {len(matrix)}; given width {h.shape[-1]}")
-        return h @ matrix.to(h) + self.biases[pair].to(h)
+        wide = torch.promote_types(h.dtype, matrix.dtype)
+        matrix, bias = (t.to(h.device, wide) for t in (matrix, self.biases[pair]))
+        return h.to(wide) @ matrix + bias
 
     def _numbers(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors = {f"matrix.{a}.{b}": t.detach().cpu() for (a, b), t in self.matrices.items()}
@@ -225,16 +242,20 @@ def load_map(path: str | PathLike[str], *, module: nn.Module | None = None) -> M
     """
     try:
         with safe_open(path, framework="pt") as file:
-            manifest = json.loads((file.metadata() or {}).get("manifest", "{}"))
+            manifest = dict(json.loads((file.metadata() or {}).get("manifest", "{}")))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no dict
-    except (OSError, SafetensorError, ValueError) as error:
+    except (OSError, SafetensorError, ValueError, TypeError) as error:
         raise PatchscopeError(f"{path} is no file of a map: {error}") from error
-    if manifest.get("format") != FORMAT or manifest.get("version", 0) > VERSION:
+    version = manifest.get("version")
+    if manifest.get("format") != FORMAT or not isinstance(version, int) or version > VERSION:
         raise PatchscopeError(
-            f"{path} has format {manifest.get('format')!r} version {manifest.get('version')}; a map has {FORMAT!r} "
+            f"{path} has format {manifest.get('format')!r} version {version!r}; a map has {FORMAT!r} "
             f"up to version {VERSION}"
         )
-    return _made(str(path), manifest, tensors, module)
+    try:
+        return _made(str(path), manifest, tensors, module)
+    except (KeyError, AttributeError, TypeError) as error:
+        raise PatchscopeError(f"{path} is damaged: {type(error).__name__} {error}") from error
 
 
 def _made(path: str, manifest: dict[str, Any], tensors: dict[str, Tensor], module: nn.Module | None) -> Map:
@@ -256,18 +277,22 @@ def _made(path: str, manifest: dict[str, Any], tensors: dict[str, Tensor], modul
             )
         case "module":
             assert module is not None
-            try:
-                module.load_state_dict({name.removeprefix("state."): t for name, t in tensors.items()})
-            except RuntimeError as error:
-                raise PatchscopeError(f"{path} holds the weights of another module: {error}") from error
+            state = {name.removeprefix("state."): t for name, t in tensors.items()}
+            held, own = ({name: tuple(t.shape) for name, t in one.items()} for one in (state, module.state_dict()))
+            if held != own:  # before anything is set: torch sets what fits and raises then
+                raise PatchscopeError(f"{path} holds the weights of another module: {held}; given one with {own}")
+            module.load_state_dict(state)
             return ModuleMap(module)
         case kind:
             raise PatchscopeError(f"{path} holds a map of kind {kind!r}, which this version does not know")
 
 
 def _pair(name: str) -> Pair:
-    _, a, b = name.split(".")
-    return int(a), int(b)
+    try:
+        _, a, b = name.split(".")
+        return int(a), int(b)
+    except ValueError as error:
+        raise PatchscopeError(f"a damaged file of a map: {name!r} names no pair of layers") from error
 
 
 def layer_pairs(
@@ -290,7 +315,10 @@ def layer_pairs(
                 f"pairs={pairs!r} is not valid; give 'same', 'all', 'last' or a list of pairs of layers"
             )
         case _:
-            found = tuple((int(a), int(b)) for a, b in pairs)
+            try:
+                found = tuple((operator.index(a), operator.index(b)) for a, b in pairs)
+            except (TypeError, ValueError) as error:
+                raise PatchscopeError(f"pairs={pairs!r:.80} is not valid; give (source layer, target layer)") from error
     for a, b in found:
         if a not in source_layers or b not in target_layers:
             raise PatchscopeError(

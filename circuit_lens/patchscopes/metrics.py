@@ -8,6 +8,7 @@ items and counts the other half.
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -20,25 +21,44 @@ from circuit_lens.errors import PatchscopeError
 from circuit_lens.graph.rates import Mean, Rate
 
 How = Literal["contains", "starts"]
+# A letter or digit of a script that parts its words: no Thai, Lao, Myanmar, Khmer, kana or ideograph.
+_LETTER = r"[^\W\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"
 Answer = str | Sequence[str]
 
 
 def says(text: str, answer: Answer, how: How = "contains") -> bool:
     """Whether a text says the answer (any of several): as whole words, whatever their case and the blanks.
 
-    ``"contains"``: anywhere in the text; ``"starts"``: at its beginning.
+    Where the answer begins or ends with a letter or digit, none may stand beside it in the text; scripts without blanks
+    between words (Chinese, Japanese, Thai and their neighbours) have no such edges.
+
+    Args:
+        text: What was said.
+        answer: What counts.
+        how: "contains": anywhere in the text; "starts": at its beginning.
+
+    Raises:
+        PatchscopeError: No answer, or an empty one, or another ``how``.
 
     >>> says("the city of  Austin .", "austin"), says("Texas", "Tex"), says("a Welsh singer", "Welsh singer", "starts")
     (True, False, False)
     """
     listed = [answer] if isinstance(answer, str) else list(answer)
-    text = " ".join(text.split()).casefold()
-    for one in listed:
-        wanted = re.escape(" ".join(one.split()).casefold())
-        pattern = rf"(?<!\w){wanted}(?!\w)"
+    words = [_plain(one) for one in listed]
+    if how not in ("contains", "starts") or not words or not all(words):
+        raise PatchscopeError(f"answer={answer!r:.80}, how={how!r}: give words, and 'contains' or 'starts'")
+    text = _plain(text)
+    for one in words:
+        before = rf"(?<!{_LETTER})" if re.match(_LETTER, one[0]) else ""
+        after = rf"(?!{_LETTER})" if re.match(_LETTER, one[-1]) else ""
+        pattern = before + re.escape(one) + after
         if re.match(pattern, text) if how == "starts" else re.search(pattern, text):
             return True
     return False
+
+
+def _plain(text: str) -> str:
+    return unicodedata.normalize("NFC", " ".join(text.split()).casefold())
 
 
 @dataclass(frozen=True)

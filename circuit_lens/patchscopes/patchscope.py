@@ -7,10 +7,13 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from circuit_lens.errors import PatchscopeError
+from circuit_lens.hooks import preserved_rng
+from circuit_lens.patchscopes.fitting import same_vocabulary
 from circuit_lens.patchscopes.grid import Grid, Layers, Layout, Part, row_bytes
 from circuit_lens.patchscopes.maps import Map, as_map
 from circuit_lens.patchscopes.readout import Reader, Wording
@@ -77,7 +80,8 @@ def patchscope(
         read_layer: Also keep the residual stream of the target's last position after this layer, ``patched.state``.
         controls: Also move the embedding of the source's token into every target layer.
         use_cache: Keep keys and values; without, every new token runs the whole prompt again.
-        check: Compare two rows with runs without cache; where they differ, all are run without, and a note says so.
+        check: For every target prompt, compare two rows with runs without cache; where they differ, all are run
+            without, and a note says so.
         memory: Gigabytes that runs may take at once, beside the models; the grid is run in parts that fit.
         progress: Show a bar; None: where it takes more than two seconds.
 
@@ -97,24 +101,29 @@ def patchscope(
     with plain_tensors():
         vectors = as_vectors(model, source)
         targets = _targets(target, len(vectors))
-        preset = targets[0] if isinstance(targets[0], Preset) else Preset(targets[0].prompt)
+        preset = _preset(targets)
         if target_layers is None:
-            given = isinstance(targets[0], Preset) and not (vectors.layers is None and preset.target_layers == "same")
-            target_layers = preset.target_layers if given else "all" if vectors.layers is None else "same"
+            target_layers = preset.target_layers
+            if target_layers == "same" and vectors.layers is None:
+                target_layers = "all"
         n_new = preset.max_new_tokens if max_new_tokens is None else max_new_tokens
         chosen = as_map(preset.mapping if mapping is None else mapping)
         grid = Grid.of(vectors, reading, source_layers, target_layers, scales, controls)
         placed, target_of = _placed(reading, targets, vectors)
         rows = Rows(vectors, (), _NONE, _NONE, chosen, write, patch_through, reading.cfg.d_model)
         grid, notes = _checked(rows, grid)
+        known, differ = _source_logprobs(vectors, model, reading)
         layout = Layout(grid, len(vectors), target_of)
-        kept = layout.n_rows * reading.cfg.d_vocab * reading.W_U.element_size() <= memory * 1e9 / 4
-        reader = Reader(layout.n_rows, n_top, kept if keep_logits is None else keep_logits)
+        every = layout.n_rows * reading.cfg.d_vocab * reading.W_U.element_size()
+        kept = every <= memory * 1e9 / 4 if keep_logits is None else keep_logits
+        reader = Reader(layout.n_rows, n_top, kept)
         rows = replace(rows, cells=layout.cells)
         if read_layer is not None:
             Grid.of(vectors, reading, "all", read_layer, 1.0, controls=False)  # raises where there is no such layer
-        run = _Run(reading, rows, layout, placed, n_new, use_cache, check, memory, read_layer)
-        notes += run.read(reader, progress)
+        room = memory * 1e9 - (every if kept else 0)
+        run = _Run(reading, rows, layout, placed, n_new, use_cache, check, room, read_layer, known)
+        with preserved_rng():  # a map may draw
+            notes += differ + run.read(reader, progress)
         settings = _settings(model, reading, targets, run)
     return _result(run, reader, notes, settings)
 
@@ -162,11 +171,25 @@ def _targets(target: Target | Prompt | Sequence[Target], n_items: int) -> list[T
     """Return one target for all items, or one for each."""
     if isinstance(target, Target):
         return [target]
-    if isinstance(target, Sequence) and not isinstance(target, str) and target and isinstance(target[0], Target):
-        if len(target) != n_items:
-            raise PatchscopeError(f"{n_items} items need one target, or one each; given {len(target)}")
-        return list(target)  # pyright: ignore[reportReturnType]
-    return [Target(target)]  # pyright: ignore[reportArgumentType]
+    if isinstance(target, str | Tensor):
+        return [Target(target)]
+    listed = list(target)
+    found = [one for one in listed if isinstance(one, Target)]
+    if not found:
+        return [Target(listed)]  # pyright: ignore[reportArgumentType]
+    if len(found) != n_items or len(found) != len(listed):
+        raise PatchscopeError(f"{n_items} items need one cl.Target, or one each; given {len(found)} of {len(listed)}")
+    return found
+
+
+def _preset(targets: Sequence[Target]) -> Preset:
+    """Return the settings that the targets bring; plain targets bring none."""
+    presets = [one if isinstance(one, Preset) else Preset(one.prompt) for one in targets]
+    if len({(repr(one.target_layers), one.max_new_tokens, id(one.mapping)) for one in presets}) > 1:
+        raise PatchscopeError(
+            "the items' presets differ in target layers, new tokens or map; run those that agree together"
+        )
+    return presets[0]
 
 
 def _placed(model: HookedModel, targets: Sequence[Target], vectors: Vectors) -> tuple[list[Placed], list[int]]:
@@ -210,12 +233,11 @@ class _Run:
 
     def __init__(
         self, reading: HookedModel, rows: Rows, layout: Layout, placed: Sequence[Placed], n_new: int,
-        use_cache: bool, check: bool, memory: float, read_layer: int | None,
+        use_cache: bool, check: bool, room: float, read_layer: int | None, source: Tensor | None,
     ) -> None:  # fmt: skip
         self.reading, self.rows, self.layout, self.placed = reading, rows, layout, placed
-        self.n_new, self.use_cache, self.check, self.memory = n_new, use_cache, check, memory
-        self.read_layer = read_layer
-        self.source = _source_logprobs(rows.vectors, reading)
+        self.n_new, self.use_cache, self.check, self.room = n_new, use_cache, check, room
+        self.read_layer, self.source = read_layer, source
 
     def read(self, reader: Reader, progress: bool | None) -> tuple[str, ...]:
         """Run everything; return what must be noted."""
@@ -227,7 +249,7 @@ class _Run:
         with bar:
             for number, target in enumerate(self.placed):
                 use_cache, check = self.use_cache, self.check
-                for part in self.layout.parts(number, self._size(target)):
+                for part in self.layout.parts(number, self._size(target, use_cache)):
                     note = self._part(target, part, reader, use_cache, check)
                     use_cache, check = use_cache and not note, False
                     if note and note not in notes:
@@ -235,26 +257,33 @@ class _Run:
                     bar.update(len(part.at))
         return tuple(notes)
 
-    def _size(self, target: Placed) -> int:
+    def _size(self, target: Placed, use_cache: bool) -> int:
         """Return how many rows fit."""
         through = max((len(self.rows.layers(cell)) for cell in self.layout.cells), default=1)
-        return max(1, int(self.memory * 1e9 // row_bytes(self.reading, target, self.n_new, through)))
+        return max(1, int(self.room // row_bytes(self.reading, target, self.n_new, through, use_cache=use_cache)))
 
     def _part(self, target: Placed, part: Part, reader: Reader, use_cache: bool, check: bool) -> str:
         rows = replace(self.rows, item=part.item, cell=part.cell)
-        said = say(self.reading, target, rows, self.n_new, check=check, use_cache=use_cache, read_layer=self.read_layer)
-        source = None
-        if self.source is not None:
-            source = self.source[part.item].masked_fill((part.item < 0)[:, None].to(self.source.device), torch.nan)
-        reader.add(part.at, said, source)
+        said = say(
+            self.reading, target, rows, self.n_new, check=check, use_cache=use_cache, read_layer=self.read_layer,
+            uncached_rows=self._size(target, use_cache=False),
+        )  # fmt: skip
+        reader.add(part.at, said, self.source, part.item)
         return said.note
 
 
-def _source_logprobs(vectors: Vectors, reading: HookedModel) -> Tensor | None:
+def _source_logprobs(
+    vectors: Vectors, model: HookedModel, reading: HookedModel
+) -> tuple[Float[Tensor, "n_items d_vocab"] | None, tuple[str, ...]]:
+    """Return what the source says next, over the reading model's vocabulary, and a note if that cannot be compared."""
     logits = vectors.next_logits
-    if logits is None or logits.shape[-1] != reading.W_U.shape[-1]:
-        return None
-    return (logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits).log_softmax(-1)
+    if logits is None:
+        return None, ()
+    if not same_vocabulary(model, reading):
+        return None, ("the models' vocabularies differ, so next tokens are not compared",)
+    logprobs = (logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits).log_softmax(-1)
+    missing = int(reading.W_U.shape[-1]) - logprobs.shape[-1]  # one table of tokens can be padded to several widths
+    return torch.nn.functional.pad(logprobs, (0, missing), value=-torch.inf), ()
 
 
 def _settings(model: HookedModel, reading: HookedModel, targets: Sequence[Target], run: _Run) -> dict[str, Any]:
@@ -280,7 +309,7 @@ def _result(run: _Run, reader: Reader, notes: tuple[str, ...], settings: dict[st
     if grid.controls:
         rows = whole.at(slice(layout.n_main, layout.n_patched))
         controlled = rows.arranged((len(grid.controls), n_items), (1, 0))
-    logits = vectors.next_logits
+    logits = None if run.source is None else vectors.next_logits  # ids of another vocabulary would be read wrongly
     return PatchscopeResult(
         items=vectors.names,
         source_layers=grid.source_layers,

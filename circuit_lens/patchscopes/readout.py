@@ -81,25 +81,39 @@ class Reader:
         self.n_rows, self.n_top, self.keep_logits = n_rows, n_top, keep_logits
         self.made: Readout | None = None
 
-    def add(self, at: Int[Tensor, "n"], said: Said, source: Float[Tensor, "n d_vocab"] | None) -> None:
+    def add(
+        self,
+        at: Int[Tensor, "n"],
+        said: Said,
+        source: Float[Tensor, "n_items d_vocab"] | None,
+        item: Int[Tensor, "n"],
+    ) -> None:
         """Keep what rows say.
 
         Args:
             at: Their numbers.
             said: What they say.
-            source: Log-probabilities of the source's next token for each.
+            source: Log-probabilities of the source's next token, for each item.
+            item: Whose each row is; -1: nobody's.
         """
         logits = said.logits.float() if said.logits.dtype in (torch.float16, torch.bfloat16) else said.logits
         logprobs = logits.log_softmax(-1)
         top = logprobs.topk(min(self.n_top, logprobs.shape[-1]), dim=-1)
-        nan = torch.full_like(logprobs[:, 0], torch.nan)
-        best = None if source is None else source.argmax(-1, keepdim=True)
+        entropy = -(logprobs.exp() * logprobs.clamp_min(torch.finfo(logprobs.dtype).min)).sum(-1)
+        surprisal = source_nll = torch.full_like(entropy, torch.nan)
+        if source is not None:
+            nobody = (item < 0).to(source.device)
+            item = item.to(source.device)
+            said_first = source[item, top.indices[:, 0].to(source.device)]
+            surprisal = -said_first.masked_fill(nobody, torch.nan).to(entropy)
+            best = source.argmax(-1)[item].to(logprobs.device)
+            source_nll = -logprobs.gather(1, best[:, None])[:, 0].masked_fill(nobody.to(logprobs.device), torch.nan)
         part = Readout(
             top_tokens=top.indices,
             top_logprobs=top.values,
-            entropy=-(logprobs.exp() * logprobs.clamp_min(torch.finfo(logprobs.dtype).min)).sum(-1),
-            surprisal=nan if source is None else -source.gather(1, top.indices[:, :1])[:, 0].to(nan),
-            source_nll=nan if best is None or source is None else -logprobs.gather(1, best)[:, 0] + 0 * source[:, 0],
+            entropy=entropy,
+            surprisal=surprisal,
+            source_nll=source_nll,
             new_tokens=said.new_tokens,
             lengths=said.lengths,
             logits=said.logits if self.keep_logits else None,
@@ -138,19 +152,22 @@ class Wording:
 
     def __init__(self, tokenizer: Any, d_vocab: int) -> None:
         self.tokenizer, self.d_vocab = tokenizer, d_vocab
-        self.known: dict[tuple[int, ...], str] = {}
+        self.known: dict[tuple[tuple[int, ...], bool], str] = {}
 
     def text(self, ids: Sequence[int]) -> str:
-        """Return several tokens as text, without the marks of the tokenizer (end of the sequence and the like)."""
-        key = tuple(ids)
-        if key not in self.known:
+        """Return several tokens as text, without the tokenizer's marks (end of the sequence and the like), or one."""
+        return self._decoded(tuple(ids), marks=len(ids) == 1)
+
+    def _decoded(self, ids: tuple[int, ...], marks: bool) -> str:
+        if (ids, marks) not in self.known:
             if self.tokenizer is None:
-                self.known[key] = " ".join(f"#{i}" for i in key)
+                text = " ".join(f"#{i}" for i in ids)
             else:
-                self.known[key] = self.tokenizer.decode(
-                    list(key), skip_special_tokens=len(key) > 1, clean_up_tokenization_spaces=False
+                text = self.tokenizer.decode(
+                    list(ids), skip_special_tokens=not marks, clean_up_tokenization_spaces=False
                 )
-        return self.known[key]
+            self.known[ids, marks] = text
+        return self.known[ids, marks]
 
     def token(self, answer: str | int) -> int:
         """Return the id of one token.
@@ -162,10 +179,12 @@ class Wording:
 
     def texts(self, readout: Readout) -> np.ndarray:
         """Return the generated texts, an object array over the axes."""
-        flat = readout.new_tokens.reshape(-1, readout.new_tokens.shape[-1]).tolist()
         lengths = readout.lengths.reshape(-1).tolist()
+        flat = readout.new_tokens.reshape(len(lengths), readout.new_tokens.shape[-1]).tolist()
         found = np.empty(len(flat), dtype=object)
-        found[:] = [self.text(ids[:length]) if length else "" for ids, length in zip(flat, lengths, strict=True)]
+        found[:] = [
+            self._decoded(tuple(ids[:n]), marks=False) if n else "" for ids, n in zip(flat, lengths, strict=True)
+        ]
         return found.reshape(readout.axes)
 
     def tops(self, readout: Readout) -> np.ndarray:

@@ -75,14 +75,20 @@ class Rows:
         """Return what some items write at a layer.
 
         Raises:
-            PatchscopeError: A layer that the vectors lack, vectors that do not have the target's width after the map,
-                or a map that makes NaN.
+            PatchscopeError: A layer that the vectors lack, a map that makes no vectors of the target's width, or what
+                is NaN or infinite after the map and the scale.
         """
         source = cell.source_layer
         if source is not None and layer != cell.target_layer:
             source = min(layer, source)
         h = self.vectors.layer(source)[item.to(self.vectors.values.device)]
-        mapped = self.mapping(h, source, layer).detach()
+        mapped = self.mapping(h, source, layer)
+        if not isinstance(mapped, Tensor) or not mapped.is_floating_point():
+            raise PatchscopeError(
+                f"the map {self.mapping.name!r} makes {type(mapped).__name__}, not vectors; it must return one tensor "
+                f"[..., {self.d_model}] of a floating dtype"
+            )
+        mapped = mapped.detach()
         if mapped.shape != (*h.shape[:-1], self.d_model):
             raise PatchscopeError(
                 f"the source's vectors have width {h.shape[-1]}, of which the map {self.mapping.name!r} makes width "
@@ -93,7 +99,10 @@ class Rows:
             raise PatchscopeError(f"the map {self.mapping.name!r} from layer {source} to {layer} makes NaN or infinity")
         if self.write == "add_matched":
             mapped = mapped / mapped.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(mapped.dtype).tiny)
-        return mapped * cell.scale
+        scaled = mapped * cell.scale
+        if not bool(torch.isfinite(scaled).all()):
+            raise PatchscopeError(f"scale {cell.scale:g} makes vectors infinite in {scaled.dtype}; give a smaller one")
+        return scaled
 
     def writes(self) -> Writes:
         """Return what is written at each layer."""

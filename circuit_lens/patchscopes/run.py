@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from circuit_lens.decoding import Decoded, decode, uncached
+from circuit_lens.decoding import Decoded, decode, uncached, why_uncached
 from circuit_lens.hooks import Hook, preserved_rng, quiet_norm_edits, scoped_hooks
 from circuit_lens.patchscopes.definition import Said
 from circuit_lens.patchscopes.rows import Rows, Writes, written
@@ -35,6 +35,7 @@ def say(
     check: bool,
     use_cache: bool,
     read_layer: int | None = None,
+    uncached_rows: int | None = None,
 ) -> Said:
     """Run the rows of a grid at once; the result is that of `definition.say_one_by_one`.
 
@@ -51,32 +52,56 @@ def say(
             so.
         use_cache: Keep keys and values.
         read_layer: Keep the residual stream of the prompt's last position after this layer.
+        uncached_rows: How many rows run at once without cache, where logits of all positions are made; None: all.
     """
+    note = why_uncached(model) if use_cache else ""
+    if note or not use_cache:
+        return replace(_without_cache(model, target, rows, max_new_tokens, read_layer, uncached_rows), note=note)
+    said, note = _at_once(model, target, rows, max_new_tokens, read_layer, use_cache=True, check=check)
+    if note:
+        return replace(_without_cache(model, target, rows, max_new_tokens, read_layer, uncached_rows), note=note)
+    return said
+
+
+def _without_cache(
+    model: HookedModel, target: Placed, rows: Rows, n_new: int, read_layer: int | None, size: int | None
+) -> Said:
+    size = len(rows) if size is None else max(1, size)
+    parts = [
+        _at_once(model, target, rows.part(slice(i, i + size)), n_new, read_layer, use_cache=False, check=False)[0]
+        for i in range(0, len(rows), size)
+    ]
+    states = [part.state for part in parts if part.state is not None]
+    return Said(
+        torch.cat([part.logits for part in parts]),
+        torch.cat([part.new_tokens for part in parts]),
+        torch.cat([part.lengths for part in parts]),
+        state=torch.cat(states) if states else None,
+    )
+
+
+def _at_once(
+    model: HookedModel, target: Placed, rows: Rows, n_new: int, read_layer: int | None, *, use_cache: bool, check: bool
+) -> tuple[Said, str]:
+    """Return what the rows say, run as one batch, and how the cache does not fit, or ""."""
     writes = rows.writes()
     scope = _Scope(model, target, rows, writes, read_layer)
     tokens = target.tokens[None].expand(len(rows), -1)
     found = decode(
         model,
         tokens,
-        max_new_tokens=max(1, max_new_tokens),
+        max_new_tokens=max(1, n_new),
         use_cache=use_cache,
         scope=scope,
         shared_prefix=target.positions[0],
         check=False,
         keep_logits="first",
     )
-    note = found.note
-    if check and found.cached:
-        note = _mismatch(model, target, rows, found)
-        if note:
-            again = say(
-                model, target, rows, max_new_tokens, check=False, use_cache=False, read_layer=read_layer
-            )  # fmt: skip
-            return replace(again, note=note)
-    new = found.new_tokens[:, :max_new_tokens]
-    if new.shape[1] < max_new_tokens:  # every row is at its end
-        new = torch.cat([new, new[:, -1:].expand(-1, max_new_tokens - new.shape[1])], dim=1)
-    return Said(found.logits[:, 0], new, found.lengths.clamp(max=max_new_tokens), note, scope.state)
+    note = _mismatch(model, target, rows, writes, found) if check and found.cached else ""
+    new = found.new_tokens[:, :n_new]
+    if new.shape[1] < n_new:  # every row is at its end
+        new = torch.cat([new, new[:, -1:].expand(-1, n_new - new.shape[1])], dim=1)
+    return Said(found.logits[:, 0], new, found.lengths.clamp(max=n_new), state=scope.state), note
 
 
 class _Scope:
@@ -112,11 +137,12 @@ class _Scope:
         return Hook(residual_hook(layer), edit)
 
 
-def _mismatch(model: HookedModel, target: Placed, rows: Rows, found: Decoded) -> str:
+def _mismatch(model: HookedModel, target: Placed, rows: Rows, writes: Writes, found: Decoded) -> str:
     """Return how some rows differ from one run without cache over the prompt and all that was written, or ""."""
-    chosen = _spread(len(rows), CHECKED)
+    patched = (rows.item >= 0).nonzero().flatten().tolist() or list(range(len(rows)))
+    chosen = [patched[i] for i in _spread(len(patched), CHECKED)]
     some, tokens = rows.part(chosen), found.tokens[chosen, :-1]
-    scope = _Scope(model, target, some, some.writes())
+    scope = _Scope(model, target, some, _of_rows(writes, chosen))
     with plain_tensors(), preserved_rng(), quiet_norm_edits(), scope(0, tokens.shape[1]):
         wanted = uncached(model, tokens)[:, found.n_prompt - 1 :]
     require_finite("logits", wanted)
@@ -132,6 +158,17 @@ def _mismatch(model: HookedModel, target: Placed, rows: Rows, found: Decoded) ->
         f"run without cache: cached logits differ from the model's own by up to {gap:.2g} of the largest (limit "
         f"{limit:g}), so the cache does not fit this model"
     )
+
+
+def _of_rows(writes: Writes, chosen: list[int]) -> Writes:
+    """Return what is written in some rows, numbered anew: the map is not asked again."""
+    found: Writes = {}
+    for layer, (rows, value) in writes.items():
+        at = {row: i for i, row in enumerate(rows.tolist())}
+        kept = [(new, at[row]) for new, row in enumerate(chosen) if row in at]
+        if kept:
+            found[layer] = torch.tensor([new for new, _ in kept]), value[[old for _, old in kept]]
+    return found
 
 
 def _spread(n: int, wanted: int) -> list[int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,6 +22,8 @@ from circuit_lens.running import Prompt, forward_batch, plain_tensors, require_f
 EMBEDDING = -1
 """The layer of the residual stream before the first block; layer l is the output of block l."""
 BATCH = 64
+_LOGITS = 2**26
+"""Prompts run together while their logits are no more numbers than this."""
 
 
 def residual_hook(layer: int) -> str:
@@ -100,11 +102,21 @@ class Vectors:
     def __len__(self) -> int:
         return len(self.names)
 
-    def __getitem__(self, items: slice | Sequence[int]) -> Vectors:
-        """Return some of the items."""
-        chosen = list(range(len(self)))[items] if isinstance(items, slice) else list(items)
-        if not chosen:
-            raise PatchscopeError(f"{items} names none of the {len(self)} items")
+    def __iter__(self) -> Iterator[Vectors]:
+        """Yield the items one by one."""
+        return (self[i] for i in range(len(self)))
+
+    def __getitem__(self, items: int | slice | Sequence[int]) -> Vectors:
+        """Return some of the items.
+
+        Raises:
+            PatchscopeError: None, or one that is not there.
+        """
+        every = range(len(self))
+        given = [items] if isinstance(items, int) else items
+        chosen = list(every[given]) if isinstance(given, slice) else [int(i) for i in given]
+        if not chosen or not all(-len(self) <= i < len(self) for i in chosen):
+            raise PatchscopeError(f"{items} names none of the {len(self)} items, or one that is not there")
         return replace(
             self,
             values=self.values[chosen],
@@ -117,10 +129,12 @@ class Vectors:
         """Return the differences of two prompts' states, item by item (one item is taken from all)."""
         if not isinstance(other, Vectors):
             return NotImplemented
-        if self.layers != other.layers or (len(other) not in (1, len(self))):
+        shapes = self.values.shape[2:], other.values.shape[2:]
+        if self.layers != other.layers or len(other) not in (1, len(self)) or shapes[0] != shapes[1]:
             raise PatchscopeError(
-                f"{len(self)} items at layers {self.layers} minus {len(other)} at {other.layers}: give the same layers "
-                "and as many items, or one"
+                f"{len(self)} items at layers {self.layers} minus {len(other)} at {other.layers}, of shapes "
+                f"{tuple(shapes[0])} and {tuple(shapes[1])}: give the same layers, positions and width, and as many "
+                "items, or one"
             )
         names = other.names * len(self) if len(other) == 1 else other.names
         joined = tuple(f"{a} - {b}" for a, b in zip(self.names, names, strict=True))
@@ -173,7 +187,7 @@ class Vectors:
             widths = {len(positions) for _, positions, _ in found}
             if len(widths) > 1:
                 raise PatchscopeError(f"items have {sorted(widths)} positions each; give all of them the same number")
-            batches = _batches(found)
+            batches = _batches(found, model.cfg.d_vocab)
             parts = [cls._rows(model, batch, found, chosen) for batch in batches]
             back = torch.tensor([i for batch in batches for i in batch]).argsort()
             values, logits = (torch.cat([part[k] for part in parts])[back] for k in (0, 1))
@@ -248,6 +262,12 @@ class Vectors:
         for one in given:
             if not -n_pos <= one < n_pos:
                 raise PatchscopeError(f"position {one} does not exist: the cache has {n_pos} positions")
+        if not given:
+            raise PatchscopeError("pos names no position of the cache; give one, such as -1 for the last")
+        if tokens is not None and tokens.numel() != n_pos:
+            raise PatchscopeError(
+                f"{tokens.numel()} tokens do not fit a cache of {n_pos} positions; give those it is of"
+            )
         at = torch.tensor([one % n_pos for one in given], device=streams[0].device)
         values = torch.stack([stream.detach()[at] for stream in streams], dim=1)[:, :, None]
         ids = None if tokens is None else tokens.flatten()[at.to(tokens.device)].long()
@@ -316,12 +336,13 @@ class Vectors:
         return cls.of(_unit(total, [supernode.name]) if unit else total, [supernode.name])
 
 
-def _batches(found: Sequence[tuple[Tensor, tuple[int, ...], str]]) -> list[list[int]]:
-    """Return the numbers of prompts of one length, at most `BATCH` together."""
+def _batches(found: Sequence[tuple[Tensor, tuple[int, ...], str]], d_vocab: int) -> list[list[int]]:
+    """Return the numbers of prompts of one length, at most `BATCH` together, fewer where their logits are large."""
     lengths: dict[int, list[int]] = {}
     for i, (tokens, *_) in enumerate(found):
         lengths.setdefault(len(tokens), []).append(i)
-    return [group[i : i + BATCH] for group in lengths.values() for i in range(0, len(group), BATCH)]
+    sizes = {n_pos: min(BATCH, max(1, _LOGITS // (n_pos * d_vocab))) for n_pos in lengths}
+    return [group[i : i + sizes[n]] for n, group in lengths.items() for i in range(0, len(group), sizes[n])]
 
 
 def _one_prompt(name: str, value: Any) -> Float[Tensor, "n_pos d_model"]:
