@@ -303,7 +303,7 @@ def _contract(
             for features, written in sources.writing(layer, place):
                 for pos in range(sources.n_pos):
                     here = features.at(pos)
-                    values = torch.einsum("nd,fd->nf", gradient[:, pos], written.at(here))
+                    values = gradient[:, pos] @ written.at(here).T
                     out[:, features.start + here.start : features.start + here.stop] += values
     for i, point in enumerate(sources.points):
         gradient = at.get(_leaf_of(sources, point.layer, point.place))
