@@ -98,7 +98,7 @@ def patchscope(
     """
     _require(write, patch_through, n_top, memory, max_new_tokens)
     reading = model if target_model is None else target_model
-    with plain_tensors():
+    with plain_tensors(), preserved_rng():  # a map may draw
         vectors = as_vectors(model, source)
         targets = _targets(target, len(vectors))
         preset = _preset(targets)
@@ -122,8 +122,7 @@ def patchscope(
             Grid.of(vectors, reading, "all", read_layer, 1.0, controls=False)  # raises where there is no such layer
         room = memory * 1e9 - (every if kept else 0)
         run = _Run(reading, rows, layout, placed, n_new, use_cache, check, room, read_layer, known)
-        with preserved_rng():  # a map may draw
-            notes += differ + run.read(reader, progress)
+        notes += differ + run.read(reader, progress)
         settings = _settings(model, reading, targets, run)
     return _result(run, reader, notes, settings)
 
