@@ -131,12 +131,17 @@ def measure_memory(place: str, n_new: int, gigabytes: float, cached: bool) -> No
     )  # fmt: skip
     before = resident(peak=False)
     reset_peak()
+    with torch.no_grad():
+        model(target[None])
+    alone = (resident(peak=True) - before) / 1e9
+    reset_peak()
     grid(model, place, n_new, memory=gigabytes, use_cache=cached)
     grown = (resident(peak=True) - before) / 1e9
     verdict = "within" if grown <= gigabytes else "NOT within"
     how = "" if cached else ", without cache"
     print(
-        f"placeholder {place}, {n_new} new tokens, memory={gigabytes:g}{how}: grew by {grown:.3f} GB, {verdict} it",
+        f"placeholder {place}, {n_new} new tokens, memory={gigabytes:g}{how}: grew by {grown:.3f} GB, {verdict} it "
+        f"(one plain forward: {alone:.3f} GB)",
         flush=True,
     )
 
@@ -146,7 +151,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sample", type=int, default=12, help="cells that the loop is measured on")
     parser.add_argument("--repetitions", type=int, default=2)
-    parser.add_argument("--budgets", type=float, nargs="*", default=[0.1, 0.3], help="gigabytes")
+    parser.add_argument("--budgets", type=float, nargs="*", default=[0.3, 1.0], help="gigabytes")
     parser.add_argument("--only", choices=["speed", "memory"])
     parser.add_argument("--memory", nargs=4, metavar=("PLACE", "NEW", "GB", "CACHED"), help="one, in this process")
     given = parser.parse_args()

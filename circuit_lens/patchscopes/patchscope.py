@@ -120,11 +120,17 @@ def patchscope(
         rows = replace(rows, cells=layout.cells)
         if read_layer is not None:
             Grid.of(vectors, reading, "all", read_layer, 1.0, controls=False)  # raises where there is no such layer
-        room = memory * 1e9 - (every if kept else 0)
+        room = _room(reading, memory, every if kept else 0)
         run = _Run(reading, rows, layout, placed, n_new, use_cache, check, room, read_layer, known)
         notes += differ + run.read(reader, progress)
         settings = _settings(model, reading, targets, run)
     return _result(run, reader, notes, settings)
+
+
+def _room(model: HookedModel, memory: float, kept: int) -> float:
+    """Return the bytes that rows may take: a forward copies the unembedding, and kept logits stay."""
+    fixed = model.W_U.numel() * model.W_U.element_size() + kept
+    return max(memory * 1e9 - fixed, memory * 1e9 / 4)
 
 
 _NONE = torch.zeros(0, dtype=torch.long)

@@ -136,7 +136,7 @@ def test_a_grid_says_what_every_cell_run_alone_says(
 def test_a_grid_says_what_every_cell_run_alone_says_in_all_combinations(
     name: Architecture, kind: Kind, place: str, write: Write, through: Through
 ) -> None:
-    check_grid(name, kind, place, write, through, n=12)
+    check_grid(name, kind, place, write, through, n=8)
 
 
 @pytest.mark.parametrize(("name", "kind"), [("gemma2", "hooked"), ("gpt2", "bridge")])
