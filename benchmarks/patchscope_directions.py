@@ -171,21 +171,32 @@ def labelled(rm: Any, which: str) -> list[dict[str, Any]]:
                 raise RuntimeError(f"{city.name}, {asked}") from error
             for name, label in zip([*nodes, "residual of layer 2"], labels, strict=True):
                 hits.setdefault((asked, name), []).append((label, city.place.name))
-    return [{"set": which, "prompt": asked, "of": name, **label_rates(found)} for (asked, name), found in hits.items()]
+    return [
+        {"set": which, "prompt": asked, "of": name, **label_rates(found, places)}
+        for (asked, name), found in hits.items()
+    ]
 
 
-def label_rates(found: list[tuple[NodeLabel, str]]) -> dict[str, Any]:
+def label_rates(found: list[tuple[NodeLabel, str]], places: Places) -> dict[str, Any]:
     """Return how often labels name the place, stand out, and sink when the node is ablated."""
     ablated = [label for label, _ in found if label.best.drop is not None]
     named = [label for label, place in found if names_it(label, place) and label.best.drop is not None]
     return {
         "names it": Rate.of(names_it(label, place) for label, place in found),
+        "names it or a city in it": Rate.of(
+            names_it(label, place)
+            or any(city.place.name == place and label.label and says(city.name, label.label) for city in places.cities)
+            for label, place in found
+        ),
         "a candidate names it": Rate.of(
             any(one.text.strip() and says(place, one.text.strip()) for one in label.candidates)
             for label, place in found
         ),
         "own p <= .05": Rate.of(label.best.p_margin <= 0.05 for label, _ in found),
         "ablation lowers": Rate.of((label.best.drop or 0) > 0 for label in ablated),
+        "median drop in nats": round(float(np.median([label.best.drop_nats or 0 for label in ablated])), 3)
+        if ablated
+        else None,
         "and more than 19 of 20 random": Rate.of((label.best.p_drop or 1) <= 0.05 for label in ablated),
         "lowers, where it names it": Rate.of((label.best.drop or 0) > 0 for label in named),
         "more than random, where it names it": Rate.of((label.best.p_drop or 1) <= 0.05 for label in named),
