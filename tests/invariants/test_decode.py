@@ -287,3 +287,69 @@ def test_it_works_under_inference_mode_and_its_tensors_can_be_used_by_autograd_l
     assert not found.logits.is_inference()
     assert not found.tokens.is_inference()
     assert not found.logits.requires_grad
+
+
+# ------------------------------------------------------------------------------------------- logits of the first alone
+
+
+@pytest.mark.parametrize(("name", "kind"), [("gpt2", "hooked"), ("gemma2", "hooked"), ("llama", "bridge")])
+def test_keeping_the_first_logits_alone_changes_neither_them_nor_what_is_written(
+    name: Architecture, kind: Kind
+) -> None:
+    model = cases.model(name, kind)
+    own = builders.random_tokens(14, batch=4, seed=9)
+    for scope, prefix, n_new in ((edits(model, (8, 13, 15)), 6, 4), (edits(model, (13,)), 13, 1), (None, 0, 3)):
+        prompts = torch.cat([own[:1, :prefix].expand(4, -1), own[:, prefix:]], dim=1)
+        options: dict[str, Any] = {"max_new_tokens": n_new, "scope": scope, "stop_at_eos": False, "check": False}
+        every = decode(model, prompts, shared_prefix=prefix, **options)
+        for use_cache in (True, False):
+            first = decode(
+                model, prompts, shared_prefix=prefix, use_cache=use_cache, keep_logits="first", **options
+            )  # fmt: skip
+            assert first.cached is use_cache
+            assert first.logits.shape == (4, 1, D_VOCAB)
+            gap = (first.logits - every.logits[:, :1]).abs().max() / every.logits.abs().max()
+            assert float(gap) <= limit(name, kind)
+            assert bool((first.tokens == every.tokens).all())
+            assert bool((first.lengths == every.lengths).all())
+        if scope is not None:
+            plain = decode(model, prompts, max_new_tokens=1, stop_at_eos=False).logits
+            assert float((every.logits[:, :1] - plain).abs().max()) > 1e-3  # the edits are felt
+
+
+def test_keeping_the_first_logits_alone_runs_the_last_position_of_the_prompt_by_itself_and_checks_nothing() -> None:
+    model, seen = cases.model("gpt2"), []
+
+    def scope(start: int, stop: int) -> Any:
+        seen.append((start, stop))
+        return contextlib.nullcontext()
+
+    options: dict[str, Any] = {"max_new_tokens": 2, "scope": scope, "stop_at_eos": False, "keep_logits": "first"}
+    decode(model, builders.random_tokens(5), check=False, **options)
+    assert seen == [(0, 4), (4, 5), (5, 6)]
+    seen.clear()
+    decode(model, builders.random_tokens(5), check=False, shared_prefix=4, **options)
+    assert seen == [(4, 5), (5, 6)]
+    seen.clear()
+    decode(model, builders.random_tokens(1), check=False, **options)
+    assert seen == [(0, 1), (1, 2)]
+    with pytest.raises(ValueError, match="keep_logits='all' or check=False"):
+        decode(model, builders.random_tokens(5), **options)
+
+
+@pytest.mark.parametrize("kind", builders.KINDS)
+def test_filling_a_cache_makes_few_logits_or_none(kind: Kind, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, made = cases.model("llama", kind), []
+    forward = type(model.unembed).forward
+
+    def count(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        made.append(x.shape[-2])
+        return forward(self, x, *args, **kwargs)
+
+    monkeypatch.setattr(type(model.unembed), "forward", count)
+    prompts = builders.random_tokens(9, batch=2)
+    decode(model, prompts, max_new_tokens=2, check=False, keep_logits="first", stop_at_eos=False)
+    assert sum(made) <= 3  # a bridge makes those of one position
+    made.clear()
+    decode(model, prompts, max_new_tokens=2, check=False, stop_at_eos=False)
+    assert sum(made) == 10
