@@ -148,8 +148,9 @@ def explain_vectors(
     Both terms lie between -1 and 1 (0 and 1) for every row by itself, so the score of a row does not depend on what
     else was tried, and scores of different directions can be compared. A row is good if the last position still points
     along the direction and the answer is certain. Kharlapenko et al. 2024 weigh the same two quantities with alpha and
-    1 - alpha; their sign and normalisation could not be verified, and these are ours. Ties go to the lower layer, then
-    the earlier scale.
+    1 - alpha; their sign and normalisation could not be verified, and these are ours. On the bundled model entropy
+    alone (alpha=0) finds more than any share of self-similarity, and one fixed scale more than the search
+    (``benchmarks/README.md``). Ties go to the lower layer, then the earlier scale.
 
     **Controls.** ``n_random`` isotropic directions of the same lengths go through the same search, each compared with
     itself. p = (1 + those whose best score is at least this one's) / (1 + n_random). Several directions are not

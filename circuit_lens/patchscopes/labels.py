@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from circuit_lens.errors import PatchscopeError, TokensError
+from circuit_lens.errors import PatchscopeError, TokenNotFoundError, TokensError
 from circuit_lens.graph.graph import AttributionGraph
 from circuit_lens.graph.nodes import Feature, Node, NodeKind
 from circuit_lens.graph.positions import find_position, join_tokens
@@ -145,7 +145,7 @@ def default_targets(model: HookedModel) -> list[Target]:
         try:
             for one in pair:
                 one.place(model)
-        except (TokensError, PatchscopeError) as error:
+        except (TokensError, TokenNotFoundError, PatchscopeError) as error:
             reason = reason or str(error)
         else:
             return list(pair)
