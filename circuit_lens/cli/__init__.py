@@ -15,7 +15,7 @@ import typer
 from circuit_lens import __version__
 from circuit_lens.cli.failing import guarded
 
-COMMANDS: tuple[str, ...] = ("trace", "intervene", "validate", "train", "doctor")
+COMMANDS: tuple[str, ...] = ("trace", "intervene", "validate", "patchscope", "train", "doctor")
 
 
 def _print_version(wanted: bool) -> bool:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import html
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from circuit_lens.errors import PatchscopeError, nearest
 from circuit_lens.graph.rates import Mean, Rate, finite
+from circuit_lens.patchscopes.axes import Measure
 from circuit_lens.patchscopes.metrics import Accuracy, Answer, How, best_fixed, says
 from circuit_lens.patchscopes.readout import Readout, Wording
 
@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     import pandas
 
     from circuit_lens.viewer.heatmap import HeatMap
-
-Measure = Literal["precision", "surprisal", "nll", "entropy", "accuracy"]
 
 
 @dataclass(frozen=True)
@@ -117,20 +115,36 @@ class PatchscopeResult:
         Raises:
             PatchscopeError: No such item, layer or scale, or one that must be said.
         """
-        i = _one("item", item, self.items) if isinstance(item, str) else _number("item", item, len(self.items))
+        i = self.item_number(item)
         if self.target_layers == "same":
             if target_layer is not None and source_layer not in (None, target_layer):
                 raise PatchscopeError(
                     f"the grid moves each layer into itself, not layer {source_layer} to {target_layer}"
                 )
             source_layer = target_layer if source_layer is None else source_layer
-            return i, _one("source layer", source_layer, self.source_layers), 0, _one("scale", scale, self.scales)
+            return i, _one("source layer", source_layer, self.source_layers), 0, self.scale_number(scale)
         return (
             i,
             _one("source layer", source_layer, self.source_layers),
             _one("target layer", target_layer, self.target_layers),
-            _one("scale", scale, self.scales),
+            self.scale_number(scale),
         )
+
+    def item_number(self, item: int | str) -> int:
+        """Return the number of an item.
+
+        Raises:
+            PatchscopeError: No such item, or a name that several have.
+        """
+        return _one("item", item, self.items) if isinstance(item, str) else _number("item", item, len(self.items))
+
+    def scale_number(self, scale: float | None) -> int:
+        """Return the number of a scale; the only one can be left out.
+
+        Raises:
+            PatchscopeError: No such scale, or none given where there are several.
+        """
+        return _one("scale", scale, self.scales)
 
     def cell(
         self,
@@ -166,10 +180,7 @@ class PatchscopeResult:
             PatchscopeError: They were not kept.
         """
         if self.patched.logits is None:
-            raise PatchscopeError(
-                f"the logits of {int(np.prod(self.shape))} runs were not kept; give keep_logits=True, or read "
-                "top_tokens"
-            )
+            raise _not_kept(self)
         return self.patched.logits
 
     # ------------------------------------------------------------------------------------------------------- metrics
@@ -180,7 +191,7 @@ class PatchscopeResult:
         Raises:
             PatchscopeError: The source has no next token.
         """
-        return self._agrees().mean(0)
+        return self.figures("precision", self.patched).mean(0)
 
     def surprisal(self) -> Float[ndarray, "n_source_layers n_target_layers n_scales"]:
         """Return the mean of -log p_source(the patched run's most probable token), in nats: the paper's surprisal.
@@ -188,8 +199,7 @@ class PatchscopeResult:
         Raises:
             PatchscopeError: The source has no next token.
         """
-        self._agrees()
-        return self.patched.surprisal.mean(0).numpy()
+        return self.figures("surprisal", self.patched).mean(0)
 
     def nll(
         self, answers: Sequence[str | int] | None = None
@@ -202,16 +212,47 @@ class PatchscopeResult:
         Raises:
             PatchscopeError: The source has no next token, logits were not kept, or an answer is not one token.
         """
-        if answers is None:
-            self._agrees()
-            return self.patched.source_nll.mean(0).numpy()
-        self._require_answers(answers)
-        logprobs = self.logits.log_softmax(-1)
-        ids = torch.tensor([self.wording.token(answer) for answer in answers])
-        at = ids.reshape(-1, 1, 1, 1, 1).expand(*logprobs.shape[:-1], 1)
-        return -logprobs.gather(-1, at)[..., 0].mean(0).numpy()
+        return self.figures("nll", self.patched, answers).mean(0)
 
-    def _agrees(self) -> Bool[ndarray, "n_items n_source_layers n_target_layers n_scales"]:
+    def figures(
+        self, measure: Measure, readout: Readout, answers: Sequence[Any] | None = None
+    ) -> Float[ndarray, "n_items *axes"]:
+        """Return the figure of each run, unreduced.
+
+        Args:
+            measure: "precision" (1 where the most probable token is the source's), "surprisal", "nll", "entropy" (nats)
+                or "accuracy" (1 where the answer is said).
+            readout: `patched`, `reembedded`, `unpatched`, or a part of one that keeps its axis of items.
+            answers: For "accuracy", see `right`; for "nll" one token for each item, None: the source's.
+
+        Raises:
+            PatchscopeError: The source has no next token, logits were not kept, or answers are missing or not valid.
+        """
+        if measure == "entropy":
+            return readout.entropy.numpy()
+        if measure == "accuracy":
+            if answers is None:
+                raise PatchscopeError("accuracy needs answers, one for each item")
+            return self._hits(readout, answers, "contains").astype(float)
+        if measure == "nll" and answers is not None:
+            ids = torch.tensor([self._answer_token(answer) for answer in self._listed(answers)])
+            if readout.logits is None:
+                raise _not_kept(self)
+            return _nll(readout.logits, ids)
+        ids = self._source_tokens()
+        if measure == "surprisal":
+            return readout.surprisal.numpy()
+        if measure == "nll":
+            return readout.source_nll.numpy() if readout.logits is None else _nll(readout.logits, ids)
+        return (readout.top_tokens[..., 0] == _along(ids, readout.entropy)).double().numpy()
+
+    def _answer_token(self, answer: Any) -> int:
+        if not isinstance(answer, str | int):
+            raise PatchscopeError(f"nll needs one token for each item; given {answer!r:.80}")
+        return self.wording.token(answer)
+
+    def _source_tokens(self) -> Int[Tensor, "n_items"]:
+        """Return the source's next tokens, where the target's can be compared with them."""
         if self.source_top is None:
             raise PatchscopeError(
                 "the source was not run, so there is no next token to compare with; give prompts as source "
@@ -221,7 +262,7 @@ class PatchscopeResult:
             raise PatchscopeError(
                 "the source's and the target's vocabularies differ, so next tokens cannot be compared"
             )
-        return (self.patched.top_tokens[..., 0] == self.source_top.reshape(-1, 1, 1, 1)).numpy()
+        return self.source_top
 
     def right(
         self, answers: Sequence[Answer], how: How = "contains"
@@ -232,7 +273,6 @@ class PatchscopeResult:
             answers: One for each item, or several of which any counts. Matched as whole words, see `metrics.says`.
             how: "contains": anywhere in the text; "starts": at its beginning.
         """
-        self._require_answers(answers)
         return self._hits(self.patched, answers, how)
 
     def accuracy(
@@ -246,7 +286,6 @@ class PatchscopeResult:
             embedding: Count the source's embedding among the source layers; otherwise it is a control alone.
             seed: Of the halves of the items on which the fixed cell is chosen and scored.
         """
-        self._require_answers(answers)
         kept = [n for n, layer in enumerate(self.source_layers) if embedding or layer != -1] or [0]
         layers = tuple(self.source_layers[n] for n in kept)
         right = self._hits(self.patched, answers, how)[:, kept]
@@ -280,7 +319,7 @@ class PatchscopeResult:
     def _hits(self, readout: Readout, answers: Sequence[Answer], how: How) -> ndarray:
         said = self.wording.texts(readout) if readout.new_tokens.shape[-1] else self.wording.tops(readout)[..., 0]
         found = np.zeros(readout.axes, dtype=bool)
-        for i, answer in enumerate(answers):
+        for i, answer in enumerate(self._listed(answers)):
             known: dict[str, bool] = {}
             for at in np.ndindex(*readout.axes[1:]):
                 text = said[(i, *at)]
@@ -289,9 +328,10 @@ class PatchscopeResult:
                 found[(i, *at)] = known[text]
         return found
 
-    def _require_answers(self, answers: Sequence[Any]) -> None:
+    def _listed(self, answers: Sequence[Any]) -> list[Any]:
         if isinstance(answers, str) or len(answers) != len(self.items):
             raise PatchscopeError(f"{len(self.items)} items need a list of as many answers; given {answers!r:.80}")
+        return list(answers)
 
     # --------------------------------------------------------------------------------------------------------- views
 
@@ -305,17 +345,20 @@ class PatchscopeResult:
     ) -> HeatMap:
         """Return a heat map of source layers (rows) and target layers (columns), with ``figure()`` and ``to_html()``.
 
-        Every cell shows, in HTML, what was said there. With "same" target layers, items are rows and layers columns.
+        Every cell tells, in HTML, what was said there. With "same" target layers, and for vectors of no layer, items
+        are rows (24 at most, and the mean over all) and layers columns; of one such vector at several scales, rows are
+        scales. Set apart are the controls: the re-embedded token, and the prompt without a patch.
 
         Args:
             measure: "precision" (the source's most probable token comes first), "surprisal", "nll", "entropy", or
-                "accuracy" (needs answers).
+                "accuracy" (needs answers); see `figures`.
             item: One item; None: the mean over all.
             answers: For "accuracy" and "nll".
             scale: Which, where there are several.
 
         Raises:
-            PatchscopeError: What the measure needs is missing.
+            PatchscopeError: No such measure, item or scale, a scale that must be chosen, or what the measure needs is
+                missing.
         """
         from circuit_lens.patchscopes.pictures import heatmap
 
@@ -333,58 +376,77 @@ class PatchscopeResult:
 
     def records(self) -> list[dict[str, Any]]:
         """Return a line for each item, source layer, target layer and scale: names, text, tokens and figures."""
-        lines = []
-        for at in np.ndindex(*self.shape):
-            i, s, t, a = at
-            lines.append(
-                {
-                    "item": self.items[i],
-                    "source_layer": self.source_layers[s],
-                    "target_layer": self.target_of(s, t),
-                    "scale": self.scales[a],
-                    "text": self.texts[at],
-                    "top_token": self.top_tokens[at][0],
-                    "probability": float(self.patched.top_logprobs[at][0].exp()),
-                    "entropy": finite(float(self.patched.entropy[at])),
-                    "surprisal": finite(float(self.patched.surprisal[at])),
-                    "source_nll": finite(float(self.patched.source_nll[at])),
-                }
-            )
-        return lines
+        return [
+            {
+                "item": self.items[i],
+                "source_layer": self.source_layers[s],
+                "target_layer": self.target_of(s, t),
+                "scale": self.scales[a],
+                **line,
+            }
+            for (i, s, t, a), line in zip(np.ndindex(*self.shape), self._lines(self.patched), strict=True)
+        ]
+
+    def _lines(self, readout: Readout) -> Iterator[dict[str, Any]]:
+        """Yield what each run says, in the order of the axes."""
+        texts, tops = self.wording.texts(readout).flat, self.wording.tops(readout)[..., 0].flat
+        parts = (readout.top_logprobs[..., 0].exp(), readout.entropy, readout.surprisal, readout.source_nll)
+        figures = zip(*[part.flatten().tolist() for part in parts], strict=True)
+        for text, top, (share, entropy, surprisal, source_nll) in zip(texts, tops, figures, strict=True):
+            yield {
+                "text": text, "top_token": top, "probability": share, "entropy": finite(entropy),
+                "surprisal": finite(surprisal), "source_nll": finite(source_nll),
+            }  # fmt: skip
 
     def to_json(self) -> dict[str, Any]:
-        """Return everything but logits as data that JSON can say."""
-        unpatched = self.wording.texts(self.unpatched), self.wording.tops(self.unpatched)[..., 0]
+        """Return everything but logits and states as data that JSON can say: names, cells and controls."""
+        again = None
+        if self.reembedded is not None:
+            layers = self.source_layers if self.target_layers == "same" else self.target_layers
+            names = [{"item": item, "target_layer": layer} for item in self.items for layer in layers]
+            again = [name | line for name, line in zip(names, self._lines(self.reembedded), strict=True)]
+        source = None if self.source_top is None else [self.wording.text([i]) for i in self.source_top.tolist()]
         return {
             "settings": self.settings,
             "notes": list(self.notes),
             "targets": list(self.targets),
             "items": list(self.items),
-            "source_top": None
-            if self.source_top is None
-            else [self.wording.text([i]) for i in self.source_top.tolist()],
-            "unpatched": [{"text": text, "top_token": top} for text, top in zip(*unpatched, strict=True)],
+            "source_top": source,
+            "unpatched": [
+                {"item": item} | line for item, line in zip(self.items, self._lines(self.unpatched), strict=True)
+            ],
+            "reembedded": again,
             "cells": self.records(),
         }
 
     def __str__(self) -> str:
-        n_items, n_source, n_target, n_scales = self.shape
-        parts = [f"{n_items} items", f"{n_source} source layers"]
-        parts.append("into the same layer" if self.target_layers == "same" else f"{n_target} target layers")
-        parts += [f"{n_scales} scales"] if n_scales > 1 else []
-        lines = [f"Patchscope: {', '.join(parts)}", f"target {self.targets[0]!r}"]
-        lines += [f"note: {note}" for note in self.notes]
-        for i, name in enumerate(self.items[:8]):
-            for s, layer in enumerate(self.source_layers):
-                at = (i, s, 0 if self.target_layers == "same" else n_target // 2, 0)
-                said = self.texts[at] or self.top_tokens[at][0]
-                where = "" if layer is None else f" L{layer}"
-                lines.append(f"  {name}{where} → L{self.target_of(at[1], at[2])}: {said!r}")
-        lines += [f"  … {n_items - 8} more items"] if n_items > 8 else []
-        return "\n".join(lines)
+        from circuit_lens.patchscopes.text import as_text
+
+        return as_text(self)
 
     def _repr_html_(self) -> str:
-        return f"<pre>{html.escape(str(self))}</pre>"
+        from circuit_lens.patchscopes.text import as_html
+
+        return as_html(self)
+
+
+def _not_kept(result: PatchscopeResult) -> PatchscopeError:
+    n = int(np.prod(result.shape))
+    return PatchscopeError(f"the logits of {n} runs were not kept; give keep_logits=True, or read top_tokens")
+
+
+def _along(ids: Int[Tensor, "n_items"], like: Float[Tensor, "n_items *axes"]) -> Int[Tensor, "n_items *ones"]:
+    """Return ids with axes of length 1 behind, to stand beside a figure of each run."""
+    return ids.reshape(-1, *[1] * (like.ndim - 1))
+
+
+def _nll(
+    logits: Float[Tensor, "n_items *axes d_vocab"], ids: Int[Tensor, "n_items"]
+) -> Float[ndarray, "n_items *axes"]:
+    """Return -log p of each item's token, in nats."""
+    exact = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+    at = _along(ids, logits).expand(*logits.shape[:-1], 1)
+    return -exact.log_softmax(-1).gather(-1, at)[..., 0].numpy()
 
 
 def _rate(hits: Any) -> Rate:

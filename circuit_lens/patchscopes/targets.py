@@ -11,7 +11,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from circuit_lens.errors import PatchscopeError, TokensError
-from circuit_lens.graph.positions import find_position
+from circuit_lens.graph.positions import find_position, join_tokens
 from circuit_lens.patchscopes.maps import Map
 from circuit_lens.protocols import HookedModel
 from circuit_lens.running import Prompt, to_tokens, token_strings
@@ -36,7 +36,7 @@ class Placed:
     @property
     def text(self) -> str:
         """The prompt's tokens, the placeholders in brackets."""
-        return "".join(f"[{text}]" if i in self.positions else text for i, text in enumerate(self.strings))
+        return join_tokens([_bracketed(text) if i in self.positions else text for i, text in enumerate(self.strings)])
 
 
 @dataclass(frozen=True)
@@ -104,6 +104,13 @@ class Preset(Target):
     max_new_tokens: int = 0
     mapping: Map | None = None
     provenance: str = ""
+
+
+def _bracketed(token: str) -> str:
+    """Return a token in brackets, the blanks before it outside: they say how the tokens are joined."""
+    clean = token.replace("Ġ", " ").replace("▁", " ")
+    text = clean.lstrip()
+    return f"{clean[: len(clean) - len(text)]}[{text}]" if text else f"[{token}]"
 
 
 def _same(token: str, text: str) -> bool:
