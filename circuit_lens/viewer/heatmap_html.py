@@ -36,7 +36,7 @@ _STYLE = """
 .cl-heat td.cl-apart,.cl-heat th.cl-apart{border-left:.55em solid transparent;background-clip:padding-box}
 .cl-heat label{display:block;cursor:pointer;height:1.9em;line-height:1.9em;padding:0 .25em;overflow:hidden;
  white-space:nowrap;text-overflow:ellipsis}
-.cl-heat .cl-many label{height:1.4em;padding:0}
+.cl-heat .cl-many label{height:1.4em;line-height:1.4em;padding:0}
 .cl-heat .cl-none label{background:#8882;color:inherit}
 .cl-heat input{position:absolute;opacity:0;width:1px;height:1px;margin:0;pointer-events:none}
 .cl-heat td:hover label{box-shadow:inset 0 0 0 1.5px #fff,0 0 0 2px #4a86c8}
