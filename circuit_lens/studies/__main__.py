@@ -4,40 +4,73 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from circuit_lens.studies.report import Part
+    from circuit_lens.studies.tables import StudyTable
+
+_MODELS = "a bundled model, gemma-2-2b, or (patchscopes) any that TransformerLens knows; default: the bundled two"
+_REPORT = "write all tables to this file as Markdown, part by part; default: REPORT.md of this package, if all bundled "
+_REPORT += "models are run in full"
 
 
 def main() -> None:
-    """Run the studies of bundled models, or of ``gemma-2-2b`` by name."""
+    """Run the studies of bundled models, or of models of the hub by name."""
     parser = argparse.ArgumentParser(prog="python -m circuit_lens.studies", description=__doc__)
-    parser.add_argument("--model", action="append", help="a bundled model, or gemma-2-2b; default: the bundled two")
+    parser.add_argument("--model", action="append", help=_MODELS)
+    parser.add_argument("--only", choices=("circuits", "patchscopes"), help="one part of the studies; default: both")
     parser.add_argument("--n", type=int, help="items per table; default: all")
     parser.add_argument("--json", type=Path, help="write all tables to this file as JSON")
-    parser.add_argument("--report", type=Path, help="write all tables to this file as Markdown; default: REPORT.md of "
-                        "this package, if all bundled models are run in full")  # fmt: skip
+    parser.add_argument("--report", type=Path, help=_REPORT)
     arguments = parser.parse_args()
 
-    from circuit_lens.studies import hub
-    from circuit_lens.studies.report import DEFAULT_MODELS, REPORT, study, write_report
-    from circuit_lens.studies.tables import StudyTable, write_json
+    from circuit_lens.studies.report import DEFAULT_MODELS, REPORT, write_report
+    from circuit_lens.studies.tables import write_json
 
     names = arguments.model or list(DEFAULT_MODELS)
-    studies: dict[str, list[StudyTable]] = {}
-    for name in names:
-        if name == hub.MODEL:
-            try:
-                studies[name] = hub.gemma_tables(n=60 if arguments.n is None else arguments.n)
-            except hub.StudySkipped as reason:
-                print(f"skipped: {reason}")
-                continue
-            print(*studies[name], sep="\n\n")
-        else:
-            studies[name] = study(name, n=arguments.n, say=lambda text: print(text, flush=True))
-    if arguments.json is not None:
-        tables = {name: [table.to_json() for table in made] for name, made in studies.items()}
-        write_json(arguments.json, tables)
+    parts: tuple[Part, ...] = ("circuits", "patchscopes") if arguments.only is None else (arguments.only,)
     whole = tuple(names) == DEFAULT_MODELS and arguments.n is None
-    if arguments.report is not None or whole:
-        write_report(studies, arguments.report or REPORT)
+    everything: dict[str, list[StudyTable]] = {name: [] for name in names}
+    for part in parts:
+        studies: dict[str, list[StudyTable]] = {}
+        for name in names:
+            made = _tables(name, part, arguments.n)
+            if made is not None:
+                studies[name] = made
+                everything[name] += made
+        if arguments.report is not None or whole:
+            write_report(studies, arguments.report or REPORT, part=part)
+    if arguments.json is not None:
+        tables = {name: [table.to_json() for table in made] for name, made in everything.items() if made}
+        write_json(arguments.json, tables)
+
+
+def _tables(name: str, part: Part, n: int | None) -> list[StudyTable] | None:
+    """Return the tables of a model; None where it has none of this part, or it was skipped, which is printed."""
+    from circuit_lens import zoo
+    from circuit_lens.studies import hub
+    from circuit_lens.studies.report import patchscope_study, study
+
+    def say(text: str) -> None:
+        print(text, flush=True)
+
+    if name in zoo.names():
+        return (study if part == "circuits" else patchscope_study)(name, n=n, say=say)
+    some = 60 if n is None else n
+    try:
+        if part == "patchscopes":
+            found = hub.patchscope_tables(name, n=some)
+        elif name == hub.MODEL:
+            found = hub.gemma_tables(n=some)
+        else:
+            say(f"skipped: the circuits of {name}: they are studied on the bundled models and {hub.MODEL}")
+            return None
+    except hub.StudySkipped as reason:
+        say(f"skipped: {reason}")
+        return None
+    say("\n\n".join(map(str, found)))
+    return found
 
 
 if __name__ == "__main__":

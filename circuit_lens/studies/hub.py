@@ -1,7 +1,10 @@
-"""The studies on Gemma-2-2b, by name: its published transcoders, and supernodes that were published as an address.
+"""The studies on models of the Hugging Face hub, by name.
 
-Everything is fetched from the Hugging Face hub (the model is gated: it needs a token) and needs some 20 GB of memory.
-Where that cannot be had, :class:`StudySkipped` says what would have been fetched, and why it was not.
+- :func:`gemma_tables`: circuits of Gemma-2-2b, with its published transcoders and supernodes published as an address.
+- :func:`patchscope_tables`: patchscopes of any model that TransformerLens knows, with the paper's prompts.
+
+Everything is fetched from the hub (Gemma is gated: it needs a token, and some 20 GB of memory). Where that cannot be
+had, :class:`StudySkipped` says what would have been fetched, and why it was not.
 """
 
 from __future__ import annotations
@@ -11,16 +14,32 @@ from typing import TYPE_CHECKING
 
 from circuit_lens.errors import CircuitLensError, InterventionError
 from circuit_lens.interop.neuronpedia_url import supernodes_from_url
-from circuit_lens.studies import two_hop
+from circuit_lens.loading.failures import FetchError, fetching
+from circuit_lens.patchscopes.presets import entity_description
+from circuit_lens.patchscopes.sources import EMBEDDING
+from circuit_lens.patchscopes.targets import Target
+from circuit_lens.studies import (
+    patch_attributes,
+    patch_contexts,
+    patch_entities,
+    patch_hops,
+    patch_lenses,
+    patch_through,
+    two_hop,
+)
 from circuit_lens.studies.lab import Lab
+from circuit_lens.studies.patch_items import Item, Relation, item, texts
+from circuit_lens.studies.patch_items import relations as all_relations
 from circuit_lens.studies.places import Places
 from circuit_lens.studies.tables import Cell, Row, StudyTable
+from circuit_lens.zoo.corpus import Corpus
 
 if TYPE_CHECKING:
     import torch
+    from transformer_lens import HookedTransformer
 
+    from circuit_lens.protocols import HookedModel
     from circuit_lens.replacement_model import ReplacementModel
-    from circuit_lens.zoo.corpus import Corpus
 
 MODEL = "gemma-2-2b"
 """With its default set of :func:`circuit_lens.loading.table`: a transcoder per layer, those of the published graphs."""
@@ -42,6 +61,24 @@ class StudySkipped(CircuitLensError, RuntimeError):
     """A study that could not be run here: what it would have fetched, and why it was not."""
 
 
+def prose(words: Sequence[str]) -> str:
+    """Return the corpus's words with spaces, none before punctuation and inside quotation marks.
+
+    >>> prose('Fact : the opposite of " small " is " big " .'.split())
+    'Fact: the opposite of "small" is "big".'
+    """
+    pieces, inside, glue = [], False, True
+    for word in words:
+        if word == '"':
+            pieces.append('"' if glue or inside else ' "')
+            inside = not inside
+            glue = inside
+            continue
+        pieces.append(word if glue or word in _NO_SPACE_BEFORE else f" {word}")
+        glue = False
+    return "".join(pieces)
+
+
 class ProseLab(Lab):
     """A lab of a model with a tokenizer of its own: the corpus's words as ordinary prose.
 
@@ -50,16 +87,7 @@ class ProseLab(Lab):
 
     def text(self, words: Sequence[str]) -> str:
         """Return the words with spaces, none before punctuation and inside quotation marks."""
-        pieces, inside, glue = [], False, True
-        for word in words:
-            if word == '"':
-                pieces.append('"' if glue or inside else ' "')
-                inside = not inside
-                glue = inside
-                continue
-            pieces.append(word if glue or word in _NO_SPACE_BEFORE else f" {word}")
-            glue = False
-        return "".join(pieces)
+        return prose(words)
 
     def position(self, words: Sequence[str], number: int) -> int:
         """Return the position of the last token of a word."""
@@ -80,7 +108,7 @@ def load_gemma(*, device: str | None = None, dtype: torch.dtype | None = None) -
     Raises:
         StudySkipped: The hub cannot be reached, or does not let us in, and nothing is cached.
     """
-    from circuit_lens.loading import FetchError, load
+    from circuit_lens.loading import load
 
     try:
         return load(MODEL, device=device, dtype=dtype)
@@ -130,3 +158,109 @@ def gemma_tables(
         two_hop.choice_table(rm, corpus, n=n, name=MODEL, places=places),
         two_hop.swap_table(rm, corpus, n=n, seed=seed, controls=False, name=MODEL, places=places),
     ]
+
+
+# -------------------------------------------------------------------------------------------------------- patchscopes
+
+
+def load_by_name(name: str, *, device: str | None = None) -> HookedTransformer:
+    """Return a model of TransformerLens by its name, with unprocessed weights, from the hub or its local cache.
+
+    Args:
+        name: For example ``"gpt2-medium"`` or ``"EleutherAI/pythia-410m"``.
+        device: Where to compute; None: an accelerator if there is one.
+
+    Raises:
+        StudySkipped: TransformerLens does not know it, or it cannot be fetched and is not cached.
+    """
+    from transformer_lens import HookedTransformer
+
+    try:
+        with fetching(f"the model {name}", name):
+            return HookedTransformer.from_pretrained_no_processing(name, device=device)
+    except FetchError as error:
+        raise StudySkipped(f"the patchscope studies on {name}: {error}") from error
+
+
+def prose_entities(corpus: Corpus) -> list[Item]:
+    """Cities, countries and people as text, with a word that a description must hold: place, continent, job."""
+    found = [item(city.name, city.place.name, group="city", write=_prose) for city in corpus.cities]
+    countries = [place for place in corpus.places if place.kind == "country"]
+    found += [item(place.name, place.region, group="place", family=place.name, write=_prose) for place in countries]
+    people = corpus.people
+    return found + [item(p.name, p.relations["job"], group="person", family=p.family, write=_prose) for p in people]
+
+
+def prose_relations(corpus: Corpus) -> list[Relation]:
+    """The relations of countries, states and people as text; codes and centuries are written in too many ways."""
+    asked = all_relations(corpus, write=_prose)
+    kinds = ("country", "state", "person")
+    return [
+        one
+        for one in asked
+        if one.name.split(":")[0] in kinds and not one.name.endswith(("code", "region", "century", "field"))
+    ]
+
+
+def depths(n_layers: int, n: int = 8) -> list[int]:
+    """Return the embedding and about so many layers, evenly spaced, the last among them.
+
+    >>> depths(24), depths(3)
+    ([-1, 2, 5, 8, 11, 14, 17, 20, 23], [-1, 0, 1, 2])
+    """
+    step = max(1, n_layers // n)
+    return [EMBEDDING, *sorted(range(n_layers - 1, -1, -step))]
+
+
+def patchscope_tables(
+    model: HookedModel | str, corpus: Corpus | None = None, *, n: int | None = 60, layers: Sequence[int] | None = None,
+    device: str | None = None,
+) -> list[StudyTable]:  # fmt: skip
+    """Run the patchscope studies on any model, with the paper's prompts and the corpus's facts as ordinary text.
+
+    An answer is right where 20 generated tokens hold it, as in the paper.
+
+    Args:
+        model: A model with a tokenizer, or its name in TransformerLens.
+        corpus: The facts.
+        n: Items per table; None: all.
+        layers: Source and target layers; None: the embedding and eight others.
+        device: Where a model is loaded to, see `load_by_name`.
+
+    Raises:
+        StudySkipped: See `load_by_name`.
+    """
+    name = model if isinstance(model, str) else str(getattr(model.cfg, "model_name", ""))
+    model = load_by_name(model, device=device) if isinstance(model, str) else model
+    corpus = corpus or Corpus()
+    layers = depths(model.cfg.n_layers) if layers is None else layers
+    target, asked = entity_description("paper"), prose_relations(corpus)
+    shown = Target(target.prompt, name=target.name)
+    reading = patch_entities.description_reading(
+        model, prose_entities(corpus), target=target, how="contains", layers=layers, n=n
+    )
+    attributes = patch_attributes.read_attributes(
+        model, asked, n=n, max_new_tokens=20, how="contains", layers=layers, probe=n is None or n >= 20
+    )
+    fit_on, held_out = (texts(corpus, 12_000, seed, write=_prose) for seed in (7001, 7002))
+    return [
+        patch_entities.description_table(reading, name=name),
+        patch_entities.by_layer_table(reading, name=name),
+        patch_entities.said_table(model, corpus, target=target, write=_prose, layers=layers, name=name),
+        patch_contexts.contexts_table(model, corpus, target=shown, write=_prose, layers=layers, n=n, name=name),
+        patch_attributes.attributes_table(attributes, name=name),
+        patch_attributes.probe_table(attributes, name=name),
+        patch_attributes.attribute_layers_table(attributes, name=name),
+        patch_hops.hop_table(
+            model, corpus, write=_prose, how="contains", max_new_tokens=20, layers=layers, n=n, name=name
+        ),
+        patch_lenses.lens_table(model, fit_on=fit_on, held_out=held_out, form="lines", n=n or 300, name=name),
+        patch_through.through_table(
+            model, items=prose_entities(corpus), asked=asked, target=target, attribute_tokens=20, how="contains",
+            layers=layers, n=n, name=name,
+        ),
+    ]  # fmt: skip
+
+
+def _prose(text: str) -> str:
+    return prose(text.split())
