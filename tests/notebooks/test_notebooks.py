@@ -37,6 +37,7 @@ def test_these_are_the_tutorials():
         "04_is_the_graph_true",
         "05_with_activation_patching",
         "06_dictionaries",
+        "07_patchscopes",
     ]
 
 
