@@ -216,7 +216,7 @@ def test_a_call_leaves_nothing_behind_also_when_it_raises(name, kind, call, unto
         with untouched(rm.model, *saes), pytest.raises(error, match="inside"):
             calls(rm, fwd_hooks=[("blocks.1.hook_mlp_out", fail)])[call]()
         if call != "record":
-            place, at = (decoding, "_plain") if call == "generate" else (engine.Changed, "_add")
+            place, at = (decoding, "uncached") if call == "generate" else (engine.Changed, "_add")
             with untouched(rm.model, *saes), monkeypatch.context() as patch:
                 patch.setattr(place, at, fail)
                 with pytest.raises(error, match="inside"):

@@ -111,7 +111,7 @@ def check_grid(
     assert result.notes == ()
     options: dict[str, Any] = {"n_new": n_new, "write": write, "through": through, "read_layer": 1}
     assert_defined(model, result, vectors, given, limit(name, kind, dtype), n, **options)
-    assert gap(result.patched.logits, result.unpatched.logits[:, None, None, None]) > 1e-3  # type: ignore[index]
+    assert gap(result.patched.logits, result.unpatched.logits[:, None, None, None]) > 1e-3
     return result
 
 
@@ -194,7 +194,7 @@ def test_rows_that_end_early_are_those_of_the_definition(name: Architecture, kin
     said = some.patched.at(*at)
     assert said.new_tokens.tolist()[int(said.lengths) - 1 :] == [token] * (7 - int(said.lengths))
     alone = cl.patchscope(
-        model, vectors[at[0]], given[at[0]], source_layers=some.source_layers[at[1]],  # type: ignore[arg-type]
+        model, vectors[at[0]], given[at[0]], source_layers=some.source_layers[at[1]],
         target_layers=some.target_of(at[1], at[2]), max_new_tokens=6, controls=False,
     )  # fmt: skip
     assert alone.patched.new_tokens.flatten().tolist() == said.new_tokens.tolist()
@@ -266,7 +266,7 @@ def test_the_logit_lens_is_the_unembedding_of_the_normed_state_and_the_tuned_len
     assert float(lens.precision_at_1()[-1, 0, 0]) == 1.0
     lens_map = fit_map(model, [cases.tokens(20, seed=i) for i in range(4)], pairs="last", progress=False)
     tuned = cl.patchscope(model, vectors, cl.presets.tuned_lens(lens_map), keep_logits=True)
-    mapped = [lens_map(states[i], layer, model.cfg.n_layers - 1) for i, layer in enumerate(lens.source_layers)]  # type: ignore[arg-type]
+    mapped = [lens_map(states[i], layer, model.cfg.n_layers - 1) for i, layer in enumerate(lens.source_layers)]
     with torch.no_grad():
         assert gap(tuned.logits[0, :, 0, 0], read_by_hand(model, torch.stack(mapped))) <= limit(name, kind)
     assert gap(tuned.logits, lens.logits) > 1e-3

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import pytest
@@ -109,7 +110,7 @@ def test_words_that_mean_nothing_are_refused() -> None:
     _require(**good)
     for name, words in (("write", "'replace', 'add', 'add_matched'"), ("through", "'layer', 'below'")):
         with pytest.raises(PatchscopeError, match=words):
-            _require.__wrapped__(**(good | {name: "nonsense"}))  # type: ignore[attr-defined]
+            inspect.unwrap(_require)(**(good | {name: "nonsense"}))
 
 
 class Broken(Map):
@@ -133,7 +134,7 @@ def test_a_map_that_makes_nan_is_named_and_one_that_is_zero_knocks_out() -> None
 def test_logits_are_kept_where_they_are_few_or_asked_for() -> None:
     model = cases.model("gpt2")
     for options, kept in (({}, True), ({"memory": 1e-6}, False), ({"memory": 1e-6, "keep_logits": True}, True)):
-        found = cl.patchscope(model, cl.At([5, 9]), TARGET, **options)  # type: ignore[arg-type]
+        found = cl.patchscope(model, cl.At([5, 9]), TARGET, **options)
         assert (found.patched.logits is not None) is kept
     assert cl.patchscope(model, cl.At([5, 9]), TARGET, keep_logits=False).patched.logits is None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ def fitted(pair: tuple[int, int] = (-1, 2)) -> Fitted:
 
 def tied() -> nn.Module:
     module = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
-    module[1].weight = module[0].weight  # type: ignore[union-attr]
+    module[1].weight = module[0].weight
     return module
 
 
@@ -160,4 +161,4 @@ def test_pairs_of_layers_are_words_or_given() -> None:
     ]  # fmt: skip
     for pairs, words in bad:
         with pytest.raises(PatchscopeError, match=words):
-            layer_pairs.__wrapped__(pairs, range(2), range(2))  # type: ignore[attr-defined]
+            inspect.unwrap(layer_pairs)(pairs, range(2), range(2))

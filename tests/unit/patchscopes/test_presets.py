@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from typing import Any
 
 import pytest
@@ -120,7 +121,7 @@ def test_presets_bring_their_settings_and_what_is_given_stands_before_them() -> 
     assert other.shape == (1, 4, 1, 1)
     assert other.patched.new_tokens.shape[-1] == 0
     assert other.settings["mapping"] == "identity"
-    assert cl.patchscope(model, cl.Vectors.of(other.unpatched.logits[0, :32]),  # type: ignore[index]
+    assert cl.patchscope(model, cl.Vectors.of(other.unpatched.logits[0, :32]),
                          cl.patchscopes.Preset([5, 6], at=0)).target_layers == (-1, 0, 1, 2)  # fmt: skip
     hop = cl.presets.multi_hop([5, 6, 7])
     assert (hop.at, hop.target_layers, hop.max_new_tokens) == (-1, "all", 20)
@@ -129,4 +130,4 @@ def test_presets_bring_their_settings_and_what_is_given_stands_before_them() -> 
 
 def test_a_form_that_is_not_there_is_refused() -> None:
     with pytest.raises(PatchscopeError, match="give one of 'arrows', 'lines', 'pairs', 'is', 'words'"):
-        cl.presets.token_identity.__wrapped__("arrow")  # type: ignore[attr-defined]
+        inspect.unwrap(cl.presets.token_identity)("arrow")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import torch
 
@@ -59,7 +61,7 @@ def test_items_of_many_lengths_keep_their_order_and_are_those_of_single_runs(mon
                 assert b is not None
                 a = a if a.ndim == 3 else a[i]
                 torch.testing.assert_close(a, b if b.ndim == 3 else b[0], rtol=1e-9, atol=1e-9)
-            assert int(together.tokens[i]) == int(one.prompt[i % len(one.prompt)])  # type: ignore[index,arg-type]
+            assert int(together.tokens[i]) == int(one.prompt[i % len(one.prompt)])
 
 
 def test_prompts_with_large_logits_run_in_smaller_batches() -> None:
@@ -145,9 +147,9 @@ def test_items_are_chosen_iterated_and_subtracted() -> None:
     assert less.next_logits is None
     for other in (vectors[:2], vectors.without_layers(0), cl.Vectors.of(torch.ones(5))):
         with pytest.raises(PatchscopeError, match="minus"):
-            vectors - other
+            _ = vectors - other
     with pytest.raises(PatchscopeError, match="minus"):
-        cl.Vectors.of(torch.ones(2, 5)) - cl.Vectors.of(torch.ones(2, 6))
+        _ = cl.Vectors.of(torch.ones(2, 5)) - cl.Vectors.of(torch.ones(2, 6))
     with pytest.raises(PatchscopeError, match="no vectors of layer 7; it has layers -1 to 2"):
         vectors.layer(7)
 
@@ -182,7 +184,7 @@ def test_a_source_is_whatever_names_vectors_and_nothing_else() -> None:
     assert as_vectors(model, "Texas is").names == ("is",)
     for nothing in ([], ["Texas is", "Paris is"], [cl.At(prompt), "Texas is"], [1.5], [None]):
         with pytest.raises(PatchscopeError, match="is no source"):
-            as_vectors.__wrapped__(model, nothing)  # type: ignore[attr-defined]
+            inspect.unwrap(as_vectors)(model, nothing)
     for error, one in ((PatchscopeError, torch.tensor(1.0)), (TokensError, torch.tensor(1))):
         with pytest.raises(error, match="shape"):
             as_vectors(model, one)

@@ -25,7 +25,7 @@ def test_the_placeholder_is_one_token_by_number_or_text() -> None:
         ("?", None, (3,)), (-1, None, (5,)), ("the", "first", (0,)), ("the", "last", (5,)), ("the", 1, (5,)),
         ("the", "all", (0, 5)), (("?", "a"), None, (1, 3)), ((-1, "?"), None, (3, 5)), ("?", "all", (3,)),
     ):  # fmt: skip
-        placed = cl.Target(TEXT, at=at, which=which).place(model)  # type: ignore[arg-type]
+        placed = cl.Target(TEXT, at=at, which=which).place(model)
         assert placed.positions == tuple(i + base for i in wanted)
     placed = cl.Target(TEXT, at="?").place(model)
     assert "[?]" in placed.text
