@@ -9,6 +9,7 @@ had, :class:`StudySkipped` says what would have been fetched, and why it was not
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -176,7 +177,8 @@ def load_by_name(name: str, *, device: str | None = None) -> HookedTransformer:
     from transformer_lens import HookedTransformer
 
     try:
-        with fetching(f"the model {name}", name):
+        with warnings.catch_warnings(), fetching(f"the model {name}", name):
+            warnings.simplefilter("ignore", DeprecationWarning)  # it announces TransformerLens 4
             return HookedTransformer.from_pretrained_no_processing(name, device=device)
     except FetchError as error:
         raise StudySkipped(f"the patchscope studies on {name}: {error}") from error

@@ -97,6 +97,7 @@ def probe_right(states: Float[ndarray, "n_items d_model"], labels: Sequence[str]
         model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=STEPS))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)
+            warnings.filterwarnings("ignore", "The number of unique classes", UserWarning)
             model.fit(states[~test], names[~test])
         found[test] = model.predict(states[test]) == names[test]
     return found.tolist()

@@ -115,7 +115,7 @@ def by_layer_table(reading: Reading, *, name: str = "") -> StudyTable:
             }
             if layer in targets and layer != EMBEDDING:
                 cells["into the same layer"] = Rate.of(part.right[:, s, targets.index(layer)].tolist())
-            cells["any target layer"] = Rate.of(part.right[:, s].any(1).tolist())
+            cells["any target layer"] = Rate.of(np.any(part.right[:, s], axis=1).flatten().tolist())
             cells["first right here"] = Rate.of(bool(one == s) for one in first)
             if "person" in label and reading.how == "starts":
                 cells["another of the family"] = Rate.of(_others(part, s, family))

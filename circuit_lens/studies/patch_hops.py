@@ -51,7 +51,7 @@ class NextToken(Map):
         flat = h.reshape(1, -1, h.shape[-1])
         logits = self.model.unembed(self.model.ln_final(flat))  # pyright: ignore[reportAttributeAccessIssue]
         embedding: Tensor = self.model.W_E  # pyright: ignore[reportAttributeAccessIssue]
-        return (logits.softmax(-1) @ embedding.to(logits)).reshape(h.shape)
+        return (logits.softmax(-1) @ embedding.to(logits)).reshape(h.shape).detach()
 
 
 def written(model: HookedModel, prompts: Sequence[str], n: int = 4) -> list[str]:
@@ -170,7 +170,7 @@ def _moved(label: str, template: str, reading: Reading, wrong: Sequence[bool]) -
 def _bases(model: HookedModel) -> str:
     """Say how alike a token's embedding and unembedding are."""
     embedding: Tensor = model.W_E  # pyright: ignore[reportAttributeAccessIssue]
-    cosine = torch.cosine_similarity(embedding.double(), model.W_U.double().T, dim=-1).mean()
+    cosine = torch.cosine_similarity(embedding.detach().double(), model.W_U.detach().double().T, dim=-1).mean()
     return (
         f"Embedding and unembedding of a token have cosine {float(cosine):.2f} on average in this model: what is about "
         "to be said and what was read need not share directions, and then the identity map cannot turn one into the "

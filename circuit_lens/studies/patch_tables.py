@@ -182,6 +182,7 @@ def read(
     how: How = "starts",
     vectors: Vectors | None = None,
     layers: Sequence[int] | None = None,
+    source_layers: Layers = "all",
     target_layers: Layers | None = None,
     mapping: Map | None = None,
     patch_through: Through = "layer",
@@ -197,6 +198,7 @@ def read(
         how: Where an answer must stand.
         vectors: The items' states, if they are there already (`sources`).
         layers: Source layers, and target layers where none are given; None: all.
+        source_layers: Those of the vectors that are moved.
         target_layers: See `circuit_lens.patchscope`, as the rest.
         mapping: Likewise.
         patch_through: Likewise.
@@ -206,6 +208,7 @@ def read(
         model,
         sources(model, items, layers) if vectors is None else vectors,
         target,
+        source_layers=source_layers,
         target_layers=("all" if layers is None else layers) if target_layers is None else target_layers,
         mapping=mapping,
         patch_through=patch_through,

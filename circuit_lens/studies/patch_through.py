@@ -91,10 +91,11 @@ def _both(
     model: HookedModel, items: Sequence[Item], target: Target, max_new_tokens: int, how: How,
     layers: Sequence[int] | None,
 ) -> tuple[Reading, Reading]:  # fmt: skip
-    vectors = sources(model, items, layers)
+    vectors = sources(model, items)  # writing below needs the states of all layers
     first, second = (
         read(
-            model, items, target, vectors=vectors, target_layers="same", patch_through=through, how=how,
+            model, items, target, vectors=vectors, source_layers="all" if layers is None else layers,
+            target_layers="same", patch_through=through, how=how,
             max_new_tokens=max_new_tokens,
         )
         for through in ("layer", "below")

@@ -49,7 +49,7 @@ def corpus():
 
 @pytest.fixture(scope="module")
 def reading(model):
-    return patch_entities.description_reading(model, n=45)
+    return patch_entities.description_reading(model, n=30)
 
 
 # Entities
@@ -77,7 +77,7 @@ def test_a_reading_is_the_accuracy_of_its_result_and_a_part_is_the_same_grid_run
     assert reading.accuracy.best_fixed == Rate.of(reading.chosen.right.tolist())
     assert reading.cells()["best fixed cell"].asked == len(reading.items)
     assert len(reading.failures()) == int((~reading.chosen.right).sum())
-    few = [3, 50, 61]
+    few = [3, 35, 46]
     part = narrowed(reading.result, items=few, source_layers=[1, 2], target_layers=[0, 3])
     items = [reading.items[i] for i in few]
     vectors = cl.Vectors.from_prompts(model, [cl.At(one.prompt) for one in items])
@@ -87,7 +87,7 @@ def test_a_reading_is_the_accuracy_of_its_result_and_a_part_is_the_same_grid_run
     assert part.shape == alone.shape
     assert (part.texts == alone.texts).all()
     assert torch.equal(part.reembedded.new_tokens, alone.reembedded.new_tokens)
-    assert not (part.texts[:, 0] == part.texts[:, 1]).all()
+    assert not (part.texts[:, :, 0] == part.texts[:, :, 1]).all()
 
 
 def test_a_long_name_says_its_last_word_early_and_the_person_from_the_same_layer_on(model, corpus):
@@ -102,7 +102,7 @@ def test_a_long_name_says_its_last_word_early_and_the_person_from_the_same_layer
 
 
 def test_one_token_in_two_contexts_parts_where_the_context_comes_before_it_and_nowhere_where_it_comes_after(model):
-    table = patch_contexts.contexts_table(model, n=30)
+    table = patch_contexts.contexts_table(model, n=12)
     for layer in ("embedding", *(f"layer {i}" for i in range(4))):
         row = table[f"a first name, alone and in a long name: {layer}"].cells
         assert row["distance"].value < 1e-5
@@ -136,7 +136,7 @@ def test_no_class_of_two_is_in_one_fold_alone():
 
 def test_attributes_are_read_and_classes_of_one_member_are_not_probed(model, corpus):
     asked = [one for one in patch_items.relations(corpus) if one.name in ("state: capital", "person: job")]
-    found = patch_attributes.read_attributes(model, asked, n=40)
+    found = patch_attributes.read_attributes(model, asked, n=30)
     table = patch_attributes.attributes_table(found)
     person = table["person: job"].cells
     assert person["best fixed cell"].share >= 0.9
@@ -145,7 +145,7 @@ def test_attributes_are_read_and_classes_of_one_member_are_not_probed(model, cor
     probes = patch_attributes.probe_table(found)
     assert probes["state: capital"].cells["can be probed"] == 0
     row = probes["person: job"].cells
-    assert 0 < row["can be probed"] < 40
+    assert 0 < row["can be probed"] < 30
     assert row["patchscope"].asked == row["probe"].asked == row["difference"].n == row["can be probed"]
     assert row["difference"].value == pytest.approx(row["patchscope"].share - row["probe"].share)
     by_layer = patch_attributes.attribute_layers_table(found)
@@ -156,7 +156,7 @@ def test_attributes_are_read_and_classes_of_one_member_are_not_probed(model, cor
 
 
 def test_a_moved_state_corrects_what_the_adverse_wording_gets_wrong_and_an_answer_in_output_space_does_not(model):
-    table = patch_hops.hop_table(model)
+    table = patch_hops.hop_table(model, n=5)
     assert table["in one go, adverse"].rate.share <= 0.2
     assert table["first step alone"].rate.share >= 0.95
     assert table["written chain"].rate.share >= 0.95
@@ -180,10 +180,11 @@ def test_the_next_token_map_embeds_a_certain_answer_and_mixes_an_uncertain_one(m
 # Lenses and other models
 
 
+@pytest.mark.slow
 def test_lenses_end_at_the_models_own_prediction_and_the_tuned_one_is_better_before(model):
-    table = patch_lenses.lens_table(model, n=80)
+    table = patch_lenses.lens_table(model, fit_on=patch_items.texts(Corpus(), 4000, seed=7001), n=60)
     assert table["logit lens: layer 3"].rate.share == 1.0
-    assert table["tuned lens: layer 3"].rate.share >= 0.98
+    assert table["tuned lens: layer 3"].rate.share >= 0.95
     assert table["tuned lens: layer 1"].rate.share > table["logit lens: layer 1"].rate.share
     assert table["logit lens: embedding"].rate.share < table["logit lens: layer 2"].rate.share
     assert table["token identity, unpatched"].rate.share <= 0.1
@@ -290,8 +291,25 @@ def prose_model(corpus, tmp_path_factory):
     return HookedTransformer(cfg, tokenizer=PreTrainedTokenizerFast.from_pretrained(folder)).eval()
 
 
+def test_other_models_are_asked_in_prose_with_the_papers_prompt_and_a_random_one_is_right_about_nothing(
+    prose_model, corpus
+):
+    items = hub.prose_entities(corpus)
+    assert next(one for one in items if one.name == "Dallas").answer == "Texas"
+    target = cl.presets.entity_description("paper")
+    reading = patch_entities.description_reading(prose_model, items, target=target, how="contains", layers=[-1, 2], n=3)
+    assert reading.result.shape[1:3] == (2, 2)
+    assert reading.result.targets[0].endswith("corporation, [x]")
+    table = patch_entities.description_table(reading)
+    assert "Leonardo DiCaprio: American actor" in table.notes[0]
+    assert {row.rate.share for row in table.rows} == {0.0}
+    asked = hub.prose_relations(corpus)
+    assert {one.target.prompt for one in asked} >= {"Fact: the capital of x is", "Fact: the currency of x is"}
+
+
+@pytest.mark.slow
 def test_the_studies_run_on_any_model_with_the_papers_prompts_and_a_random_one_is_right_about_nothing(prose_model):
-    tables = hub.patchscope_tables(prose_model, n=3, layers=[-1, 0, 2])
+    tables = hub.patchscope_tables(prose_model, n=2, layers=[-1, 2])
     titles = [table.title for table in tables]
     assert len(set(titles)) == 10
     assert all("random-prose" in title for title in titles)
@@ -300,7 +318,7 @@ def test_the_studies_run_on_any_model_with_the_papers_prompts_and_a_random_one_i
     assert "Leonardo DiCaprio: American actor" in described.notes[0]
     lenses = next(table for table in tables if table.title.startswith("Next tokens"))
     assert lenses["logit lens: layer 2"].rate.share == 1.0
-    assert lenses["token identity: layer 0"].rate.asked == 3
+    assert lenses["token identity: layer 0"].rate.asked == 2
     for table in tables:
         assert table.rows
         table.to_json()
