@@ -15,7 +15,7 @@ from circuit_lens.errors import PatchscopeError
 from circuit_lens.hooks import preserved_rng
 from circuit_lens.patchscopes.fitting import same_vocabulary
 from circuit_lens.patchscopes.grid import Grid, Layers, Layout, Part, row_bytes
-from circuit_lens.patchscopes.maps import Map, as_map
+from circuit_lens.patchscopes.maps import Identity, Map, as_map
 from circuit_lens.patchscopes.readout import Reader, Wording
 from circuit_lens.patchscopes.result import PatchscopeResult
 from circuit_lens.patchscopes.rows import THROUGH, WRITES, Rows, Through, Write
@@ -28,6 +28,10 @@ from circuit_lens.running import Prompt, plain_tensors
 Source = At | Iterable[At] | Vectors | Prompt | Cache
 MEMORY = 1.0
 """Gigabytes that the runs of a grid may take at once, beside the models."""
+OTHER_BASIS = (
+    "another model reads without a map: its residual stream has another basis unless both have the same weights, "
+    "processed alike; cl.patchscopes.fit_map(model, texts, target_model=...) fits one"
+)
 
 
 def patchscope(
@@ -122,6 +126,8 @@ def patchscope(
             Grid.of(vectors, reading, "all", read_layer, 1.0, controls=False)  # raises where there is no such layer
         room = _room(reading, memory, every if kept else 0)
         run = _Run(reading, rows, layout, placed, n_new, use_cache, check, room, read_layer, known)
+        if reading is not model and isinstance(chosen, Identity):
+            notes += (OTHER_BASIS,)
         notes += differ + run.read(reader, progress)
         settings = _settings(model, reading, targets, run)
     return _result(run, reader, notes, settings)

@@ -255,12 +255,8 @@ class PatchscopeResult:
         """Return the source's next tokens, where the target's can be compared with them."""
         if self.source_top is None:
             raise PatchscopeError(
-                "the source was not run, so there is no next token to compare with; give prompts as source "
-                "(cl.At(prompt, pos)), or answers"
-            )
-        if bool(self.patched.surprisal.isnan().any()):
-            raise PatchscopeError(
-                "the source's and the target's vocabularies differ, so next tokens cannot be compared"
+                "there is no next token of the source to compare with: it was not run, or has another vocabulary than "
+                "the target; give prompts as source (cl.At(prompt, pos)) and models of one vocabulary, or answers"
             )
         return self.source_top
 

@@ -18,6 +18,7 @@ from circuit_lens import decoding
 from circuit_lens.hooks import Hook, scoped_hooks
 from circuit_lens.patchscopes import Fitted, Identity, Map, PatchscopeResult, fit_map
 from circuit_lens.patchscopes.definition import Said, say_one_by_one
+from circuit_lens.patchscopes.patchscope import OTHER_BASIS
 from circuit_lens.patchscopes.rows import THROUGH, WRITES, Cell, Rows, Through, Write
 from circuit_lens.patchscopes.sources import residual_hook
 from tests import builders
@@ -314,6 +315,8 @@ def test_a_model_in_a_rotated_basis_is_read_through_the_rotation_as_the_model_it
         assert "no re-embedded control" in across.notes[0]
     plain = cl.patchscope(model, cl.At(tokens), target, target_model=twin, **options)
     assert gap(plain.logits, own.logits) > 1e-2
+    assert OTHER_BASIS in plain.notes
+    assert OTHER_BASIS not in own.notes + across.notes
 
 
 def narrow() -> HookedTransformer:

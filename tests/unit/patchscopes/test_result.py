@@ -94,12 +94,10 @@ def test_figures_are_what_exact_logits_say() -> None:
 
 
 def test_figures_that_have_nothing_to_compare_with_say_so(grid: PatchscopeResult) -> None:
-    for broken, message in ((replace(grid, source_top=None), "the source was not run"),
-                            (replace(grid, patched=replace(grid.patched, surprisal=grid.patched.surprisal * np.nan)),
-                             "vocabularies differ")):  # fmt: skip
-        for figure in (broken.precision_at_1, broken.surprisal, broken.nll):
-            with pytest.raises(PatchscopeError, match=message):
-                figure()
+    broken = replace(grid, source_top=None)
+    for figure in (broken.precision_at_1, broken.surprisal, broken.nll):
+        with pytest.raises(PatchscopeError, match="it was not run, or has another vocabulary"):
+            figure()
     for wrong in ("Texas", ["Texas"], []):
         with pytest.raises(PatchscopeError, match="3 items need a list of as many answers"):
             grid.accuracy(wrong)
