@@ -140,7 +140,7 @@ def test_what_cannot_be_drawn_says_why(grid: PatchscopeResult, arguments: dict[s
 def test_vectors_have_no_next_token_to_compare_with(model: Any) -> None:
     result = cl.patchscope(model, cl.Vectors.of(model.W_E[10].detach()), "cat : x", progress=False)
     for measure in ("precision", "surprisal", "nll"):
-        with pytest.raises(PatchscopeError, match="no next token to compare with"):
+        with pytest.raises(PatchscopeError, match="no next token of the source to compare with"):
             result.heatmap(measure)
     assert result.heatmap("nll", answers=["city"]).values.shape == (2, 5)
 
