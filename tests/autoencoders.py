@@ -154,6 +154,8 @@ class FrozenWithSites:
         def hook(value: Tensor, hook: Any) -> Tensor:
             value = value + before[name] if name in before else value
             seen[name] = value[0].clone()
+            if name.endswith("hook_scale"):
+                value = value.clone()  # a bridge's norm computes natively, in float32, where nothing is given back
             if hold and (name in self.held or name in self.saes or name in self.transcoders):
                 value = self.clean[name].expand_as(value)
                 if getattr(self.transcoders.get(name), "W_skip", None) is not None:
