@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from circuit_lens.cli.dictionary_names import Found
     from circuit_lens.loading import Published
+    from circuit_lens.protocols import HookedModel
     from circuit_lens.replacement_model import ReplacementModel
 
 DEFAULT_MODEL = "capitals"
@@ -66,11 +67,11 @@ def load_pair(
         from circuit_lens.replacement_model import ReplacementModel
 
         name = DEFAULT_MODEL if model is None else model
-        bundled = name in zoo.names()
+        bundled = name in zoo.model_names()
         if model is None and not bundled:
             raise CommandError(f"the bundled model {name!r} is missing from this installation; install it anew")
-        if bundled and bridge:
-            raise CommandError(f"{name!r} is bundled as a HookedTransformer; leave out --bridge")
+        if bundled:
+            _refuse_bridge(name, bridge)
         where, kind = choose_device(device, cpu=bundled), parse_dtype(dtype)
         if bundled:
             own = [one for one in dictionaries if one in zoo.dictionary_sets(name)]
@@ -104,6 +105,27 @@ def published(name: str) -> Published | None:
     except LoadError:
         check_name(name, bridge=Path(name).expanduser().is_dir())
         raise CommandError(_no_dictionaries(name)) from None
+
+
+def _refuse_bridge(name: str, bridge: bool) -> None:
+    if bridge:
+        raise CommandError(f"{name!r} is bundled as a HookedTransformer; leave out --bridge")
+
+
+def load_bundled_model(name: str, device: torch.device, dtype: torch.dtype, *, bridge: bool) -> HookedModel:
+    """Load a bundled model without dictionaries.
+
+    Raises:
+        CommandError: ``bridge``.
+    """
+    _refuse_bridge(name, bridge)
+    with upstream_quiet():
+        from circuit_lens import zoo
+
+        model = zoo.load_model(name)
+        model.to(device, print_details=False)
+        model.to(dtype, print_details=False)
+        return model
 
 
 def _bundled(
@@ -159,12 +181,13 @@ def _unknown_model(name: str) -> str:
 
     from circuit_lens import zoo
 
-    names = {*zoo.names(), *MODEL_ALIASES, *(alias for aliases in MODEL_ALIASES.values() for alias in aliases)}
+    own = zoo.model_names()
+    names = {*own, *MODEL_ALIASES, *(alias for aliases in MODEL_ALIASES.values() for alias in aliases)}
     close = difflib.get_close_matches(name, sorted(names), n=4, cutoff=0.4)
     hint = f"; nearest: {', '.join(close)}" if close else ""
     return (
-        f"--model {name}: there is no such model; it is neither bundled ({', '.join(zoo.names()) or 'none'}) nor known "
-        f"to HookedTransformer{hint}. For any other Hugging Face model, or a folder, add --bridge"
+        f"--model {name}: there is no such model; it is neither bundled ({', '.join(own) or 'none'}) nor known to "
+        f"HookedTransformer{hint}. For any other Hugging Face model, or a folder, add --bridge"
     )
 
 

@@ -155,11 +155,14 @@ def _load(name: str | None, dictionaries: Sequence[str], features: bool, loaded:
     from circuit_lens.cli import loading
 
     called = loading.DEFAULT_MODEL if name is None else name
-    bundled = called in zoo.names()
-    if bundled or name is None or features or dictionaries:
+    bundled = called in zoo.model_names()
+    alone = bundled and called not in zoo.names()  # no dictionaries come with it
+    if features or dictionaries or name is None or (bundled and not alone):
         rm = loading.load_pair(name, dictionaries, **loaded).rm
         return Loaded(rm.model, called, bundled, rm)
-    device, dtype = loading.choose_device(loaded["device"]), loading.parse_dtype(loaded["dtype"])
+    device, dtype = loading.choose_device(loaded["device"], cpu=bundled), loading.parse_dtype(loaded["dtype"])
+    if alone:
+        return Loaded(loading.load_bundled_model(called, device, dtype, bridge=loaded["bridge"]), called, True)
     return Loaded(loading.load_model(called, device, dtype, bridge=loaded["bridge"]), called, False)
 
 
@@ -167,7 +170,7 @@ def _reader(name: str, loaded: dict[str, Any]) -> Loaded:
     """Return the model to read with; ``bridge`` is not about bundled ones."""
     from circuit_lens import zoo
 
-    return _load(name, (), False, loaded | ({"bridge": False} if name in zoo.names() else {}))
+    return _load(name, (), False, loaded | ({"bridge": False} if name in zoo.model_names() else {}))
 
 
 def _vectors(mine: Loaded, sources: Sequence[str], pos: str, features: Sequence[FeatureName]) -> Vectors:

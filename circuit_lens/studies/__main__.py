@@ -10,9 +10,9 @@ if TYPE_CHECKING:
     from circuit_lens.studies.report import Part
     from circuit_lens.studies.tables import StudyTable
 
-_MODELS = "a bundled model, gemma-2-2b, or (patchscopes) any that TransformerLens knows; default: the bundled two"
-_REPORT = "write all tables to this file as Markdown, part by part; default: REPORT.md of this package, if all bundled "
-_REPORT += "models are run in full"
+_MODELS = "a bundled model, gemma-2-2b, or (patchscopes) any that TransformerLens knows; default: the bundled ones"
+_REPORT = "write all tables to this file as Markdown, part by part; with --model, what it says of others stays; "
+_REPORT += "default: REPORT.md of this package, if all bundled models are run in full"
 
 
 def main() -> None:
@@ -25,22 +25,22 @@ def main() -> None:
     parser.add_argument("--report", type=Path, help=_REPORT)
     arguments = parser.parse_args()
 
-    from circuit_lens.studies.report import DEFAULT_MODELS, REPORT, write_report
+    from circuit_lens.studies.report import MODELS, REPORT, write_report
     from circuit_lens.studies.tables import write_json
 
-    names = arguments.model or list(DEFAULT_MODELS)
     parts: tuple[Part, ...] = ("circuits", "patchscopes") if arguments.only is None else (arguments.only,)
-    whole = tuple(names) == DEFAULT_MODELS and arguments.n is None
-    everything: dict[str, list[StudyTable]] = {name: [] for name in names}
+    everything: dict[str, list[StudyTable]] = {}
     for part in parts:
+        names = tuple(arguments.model or MODELS[part])
+        whole = names == MODELS[part] and arguments.n is None
         studies: dict[str, list[StudyTable]] = {}
         for name in names:
             made = _tables(name, part, arguments.n)
             if made is not None:
                 studies[name] = made
-                everything[name] += made
+                everything.setdefault(name, []).extend(made)
         if arguments.report is not None or whole:
-            write_report(studies, arguments.report or REPORT, part=part)
+            write_report(studies, arguments.report or REPORT, part=part, keep=arguments.model is not None)
     if arguments.json is not None:
         tables = {name: [table.to_json() for table in made] for name, made in everything.items() if made}
         write_json(arguments.json, tables)
@@ -55,7 +55,7 @@ def _tables(name: str, part: Part, n: int | None) -> list[StudyTable] | None:
     def say(text: str) -> None:
         print(text, flush=True)
 
-    if name in zoo.names():
+    if name in (zoo.names() if part == "circuits" else zoo.model_names()):
         return (study if part == "circuits" else patchscope_study)(name, n=n, say=say)
     some = 60 if n is None else n
     try:
@@ -64,7 +64,7 @@ def _tables(name: str, part: Part, n: int | None) -> list[StudyTable] | None:
         elif name == hub.MODEL:
             found = hub.gemma_tables(n=some)
         else:
-            say(f"skipped: the circuits of {name}: they are studied on the bundled models and {hub.MODEL}")
+            say(f"skipped: the circuits of {name}: they are studied on {', '.join(zoo.names())} and {hub.MODEL}")
             return None
     except hub.StudySkipped as reason:
         say(f"skipped: {reason}")

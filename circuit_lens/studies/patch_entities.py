@@ -216,9 +216,10 @@ def forms_table(model: HookedModel, corpus: Corpus | None = None, *, name: str =
         states = [item for item in items if item.group == "state"]
         add(f"capitals of states, {n} word{'s' * (n > 1)}", states, Target("Fact : the state containing x is"))
     notes = (
-        "Every word is a token, and the corpus writes every name in one way only: no entity is known in one, two and "
-        "three tokens. Shorter forms are ours, so the model has not seen them as names of these people, and a last "
-        "word alone does not say who is meant. Groups of states and capitals differ in more than their tokens.",
+        "Every word is a token, and the corpus writes every name in one way only: no entity is known here in one, two "
+        "and three tokens (it is in `capitals-cut`). Shorter forms are ours, so the model has not seen them as names "
+        "of these people, and a last word alone does not say who is meant. Groups of states and capitals differ in "
+        "more than their tokens.",
         CHOICE,
     )
     return StudyTable(f"Entities by number of tokens{_on(name)}", tuple(rows), notes)

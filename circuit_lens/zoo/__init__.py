@@ -15,9 +15,25 @@ if TYPE_CHECKING:
 
     from circuit_lens.replacement_model import ReplacementModel
     from circuit_lens.zoo.corpus import Corpus
-    from circuit_lens.zoo.loading import dictionary_sets, load_dictionaries, load_features, load_model, names
+    from circuit_lens.zoo.loading import (
+        dictionary_sets,
+        load_dictionaries,
+        load_features,
+        load_model,
+        model_names,
+        names,
+    )
 
-__all__ = ["Corpus", "dictionary_sets", "load", "load_dictionaries", "load_features", "load_model", "names"]
+__all__ = [
+    "Corpus",
+    "dictionary_sets",
+    "load",
+    "load_dictionaries",
+    "load_features",
+    "load_model",
+    "model_names",
+    "names",
+]
 
 _HOMES = {
     "Corpus": "circuit_lens.zoo.corpus",
@@ -25,6 +41,7 @@ _HOMES = {
     "load_dictionaries": "circuit_lens.zoo.loading",
     "load_features": "circuit_lens.zoo.loading",
     "load_model": "circuit_lens.zoo.loading",
+    "model_names": "circuit_lens.zoo.loading",
     "names": "circuit_lens.zoo.loading",
 }
 

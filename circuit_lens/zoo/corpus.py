@@ -11,7 +11,8 @@ Held out by construction:
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from typing import ClassVar
 
 from circuit_lens.zoo import templates
 from circuit_lens.zoo.people import RELATIONS as PERSON_RELATIONS
@@ -57,8 +58,11 @@ HELD_PAIRS_PER_LANGUAGE = 6
 class Corpus:
     """The fact tables, the held-out splits, and one method per family of sentences.
 
-    ``split_seed`` draws what is held out; it is part of the corpus, not of a training run.
+    ``split_seed`` draws what is held out; it is part of the corpus, not of a training run. ``mixture`` names the
+    methods that make sentences, with their shares.
     """
+
+    mixture: ClassVar[Mapping[str, float]] = MIXTURE
 
     def __init__(self, split_seed: int = 0) -> None:
         self.places, self.cities = load_places()
@@ -67,7 +71,9 @@ class Corpus:
         self.hard_cities = self._draw_hard_cities(random.Random(split_seed))
         self.held_antonyms = self._draw_held_antonyms(random.Random(split_seed + 1))
         self._easy_cities = [city for city in self.cities if city.name not in self.hard_cities]
-        self._families: dict[str, Callable[[random.Random], Sentence]] = {name: getattr(self, name) for name in MIXTURE}
+        self._families: dict[str, Callable[[random.Random], Sentence]] = {
+            name: getattr(self, name) for name in self.mixture
+        }
         self._identity_words = sorted(
             {place.name for place in self.places if " " not in place.name}
             | {city.name for city in self.cities}
@@ -348,7 +354,7 @@ class Corpus:
     def sentences(self, seed: int) -> Iterator[Sentence]:
         """An endless stream of sentences, the same for the same seed."""
         rng = random.Random(seed)
-        names, weights = list(MIXTURE), list(MIXTURE.values())
+        names, weights = list(self.mixture), list(self.mixture.values())
         while True:
             for name in rng.choices(names, weights, k=256):
                 yield self._families[name](rng)

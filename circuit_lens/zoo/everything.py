@@ -9,6 +9,7 @@ import torch
 
 from circuit_lens.zoo.corpus import Corpus
 from circuit_lens.zoo.cross_layer_recipe import CLT, cross_layer_settings, make_cross_layer, measure_cross_layer
+from circuit_lens.zoo.cut_recipe import make_cut_names
 from circuit_lens.zoo.loading import DEFAULT_SET, load_dictionaries_from, load_model_from
 from circuit_lens.zoo.recipe import CAPITALS, DICTIONARY_TOKENS, MODELS, RUNS, Workshop, transcoder_settings
 from circuit_lens.zoo.report import Measured, choose, write_report
@@ -84,3 +85,4 @@ def make_everything(workshop: Workshop, runs: tuple[tuple[str, int, tuple[int, .
         **more,
     )
     workshop.say(f"wrote {path}")
+    make_cut_names(workshop)

@@ -33,15 +33,21 @@ _ZERO_BIASES = ("attn.b_Q", "attn.b_K", "attn.b_V", "attn.b_O", "unembed.b_U")
 
 
 def names() -> list[str]:
-    """The names of the bundled models."""
-    return sorted(path.parent.name for path in ASSETS.glob(f"*/{CONFIG_FILE}"))
+    """The names of the bundled models that have dictionaries."""
+    return sorted(path.parent.name for path in ASSETS.glob(f"*/{CONFIG_FILE}") if (path.parent / DICTIONARIES).is_dir())
+
+
+def model_names() -> list[str]:
+    """The names of all bundled models: those of `names`, then those without dictionaries."""
+    return list(dict.fromkeys([*names(), *sorted(path.parent.name for path in ASSETS.glob(f"*/{CONFIG_FILE}"))]))
 
 
 def asset_folder(name: str) -> Path:
     """Where a bundled model lies; an unknown name raises ``ValueError`` with the valid ones."""
-    if name in names():
+    valid = model_names()
+    if name in valid:
         return ASSETS / name
-    raise ValueError(f"There is no bundled model {name!r}{nearest(str(name), names())}. Valid: {', '.join(names())}.")
+    raise ValueError(f"There is no bundled model {name!r}{nearest(str(name), valid)}. Valid: {', '.join(valid)}.")
 
 
 @contextmanager
@@ -103,7 +109,7 @@ def load_model_from(folder: Path) -> HookedTransformer:
 def load_model(name: str = "capitals") -> HookedTransformer:
     """A bundled model as a HookedTransformer in float32 on the CPU, with its tokenizer.
 
-    Needs no network and leaves the global random state as it was. ``names()`` lists the valid names.
+    Needs no network and leaves the global random state as it was. ``model_names()`` lists the valid names.
     """
     return load_model_from(asset_folder(name))
 
@@ -122,8 +128,8 @@ def load_dictionaries_from(folder: Path) -> list[Any]:
 
 
 def dictionary_sets(name: str = "capitals") -> list[str]:
-    """The names of a bundled model's dictionary sets; ``"neurons"`` are the model's own."""
-    return [*sorted(path.name for path in (asset_folder(name) / DICTIONARIES).iterdir() if path.is_dir()), NEURONS]
+    """The names of a bundled model's dictionary sets; ``"neurons"`` are the model's own, and all that some have."""
+    return [*sorted(path.name for path in (asset_folder(name) / DICTIONARIES).glob("*") if path.is_dir()), NEURONS]
 
 
 def _check_set(name: str, which: str) -> None:

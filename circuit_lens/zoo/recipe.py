@@ -5,7 +5,8 @@ work/dictionaries/<name>-<seed>-<n>/  its transcoders as they ship, one SAELens 
 work/features/<key>.safetensors       what is known about features, as it ships
 work/figures/<key>.json               the figures, measured on what ships
 
-Dictionaries of other kinds: `cross_layer_recipe` and `sae_recipe`. All of it in order: `everything`.
+Dictionaries of other kinds: `cross_layer_recipe` and `sae_recipe`. The model of cut names: `cut_recipe`. All of it in
+order: `everything`.
 
 A folder is written beside its place and renamed when it is complete, so an interrupted run loses the artefact it was
 making and nothing else.
@@ -27,6 +28,7 @@ from safetensors.torch import load_file, save_file
 
 from circuit_lens.zoo.batches import HeldOutText, held_out_text
 from circuit_lens.zoo.corpus import Corpus
+from circuit_lens.zoo.cut_names import CUT
 from circuit_lens.zoo.loading import (
     ASSETS,
     DICTIONARIES,
@@ -35,7 +37,7 @@ from circuit_lens.zoo.loading import (
     load_model_from,
     save_model,
 )
-from circuit_lens.zoo.model import hooked_state
+from circuit_lens.zoo.model import ModelShape, hooked_state
 from circuit_lens.zoo.tokenizer import build_vocabulary
 from circuit_lens.zoo.train import TrainingSettings, train_model
 
@@ -46,6 +48,7 @@ CAPITALS, SHORTCUT = "capitals", "capitals-shortcut"
 MODELS: dict[str, TrainingSettings] = {
     CAPITALS: TrainingSettings(),
     SHORTCUT: TrainingSettings(trained_embedding=True),
+    CUT: TrainingSettings(steps=1500),
 }
 RUNS: tuple[tuple[str, int, tuple[int, ...]], ...] = (
     # (model, model seed, dictionary seeds)
@@ -101,8 +104,8 @@ class Workshop:
         """Where a set of transcoders lies or will lie."""
         return self.work / "dictionaries" / f"{name}-{seed}-{dictionary_seed}"
 
-    def make_model(self, corpus: Corpus, name: str, seed: int) -> Path:
-        """Train and keep one model."""
+    def make_model(self, corpus: Corpus, name: str, seed: int, shape: Callable[[int], ModelShape] = ModelShape) -> Path:
+        """Train and keep one model, of the sizes that ``shape`` makes for a number of tokens in the vocabulary."""
         folder = self.model_folder(name, seed)
         if folder.exists():
             return folder
@@ -115,7 +118,7 @@ class Workshop:
                 seconds = time.perf_counter() - started
                 self.say(f"{name} seed {seed}: step {step}/{settings.steps}, loss {loss:.3f}, {seconds:.0f} s")
 
-        model = train_model(corpus, vocabulary, settings, seed=seed, progress=progress)
+        model = train_model(corpus, vocabulary, settings, seed=seed, shape=shape(len(vocabulary)), progress=progress)
         provenance = {"seed": seed, "settings": asdict(settings), "seconds": round(time.perf_counter() - started)}
         with new_folder(folder) as place:
             save_model(place, model.shape, hooked_state(model), vocabulary, name=name, provenance=provenance)
@@ -213,5 +216,5 @@ class Workshop:
                 shutil.copyfile(path, new / DICTIONARIES / one / FEATURE_INFO_FILE)
             for path in new.rglob("*"):
                 path.chmod(0o755 if path.is_dir() else 0o644)
-        self.say(f"shipped {name}: model seed {seed}, {', '.join(sets)}")
+        self.say(f"shipped {name}: model seed {seed}, {', '.join(sets) or 'no dictionaries'}")
         return place

@@ -168,11 +168,12 @@ def _behaviour_table(pairs: Sequence[Measured]) -> list[str]:
     return table(["share right, by model seed", *(str(seed) for seed in by_seed)], rows)
 
 
-def _budget_table(assets: Path) -> list[str]:
+def budget_table(assets: Path) -> list[str]:
+    """The bytes of everything that ships, and what is left of the budget."""
     rows, total = [], 0
     for model in sorted(path for path in assets.iterdir() if path.is_dir()):
         parts = {"model": [p for p in model.iterdir() if p.is_file()]}
-        for folder in sorted((model / DICTIONARIES).iterdir()):
+        for folder in sorted((model / DICTIONARIES).glob("*")):
             files = [path for path in folder.rglob("*") if path.is_file()]
             parts[f"`{folder.name}`: weights"] = [path for path in files if path.parent != folder]
             described = [path for path in files if path.parent == folder]
@@ -202,7 +203,7 @@ attention mask, from everything after the name in {hide:.0%} of the mentions in 
 `Rows.visible_until`); in every figure nothing is hidden. Patched into the description prompt at the depth where the
 prompt reads it, that token's residual stream gives the right description; at the embedding, where only the shared
 last name is, it does not. After the depth where the prompt reads, a patch comes too late, so the last depths fail.
-Not tried: names in sub-word pieces; other shares of hiding.
+Names cut into pieces of words: `capitals-cut`. Not tried: other shares of hiding.
 
 ## What was tried for held-out antonyms
 
@@ -296,6 +297,6 @@ def write_report(
             *_layers_table(shortcut),
             *_mediation_table(shortcut),
         ]
-    lines += [_STRETCH.format(hide=settings.hide), "## Bytes", "", *_budget_table(assets)]
+    lines += [_STRETCH.format(hide=settings.hide), "## Bytes", "", *budget_table(assets)]
     path.write_text("\n".join(lines), encoding="utf-8")
     return path

@@ -78,17 +78,20 @@ def train_model(
     settings: TrainingSettings,
     *,
     seed: int,
+    shape: ModelShape | None = None,
     progress: Callable[[int, float], None] | None = None,
 ) -> SmallGPT:
     """A trained network.
 
-    ``seed`` decides the initial weights and the text. ``progress(step, loss)`` is called every 50 steps with a
-    running mean of the loss in nats.
+    ``shape`` has room for the vocabulary; None: the sizes of `capitals`. ``seed`` decides the initial weights and the
+    text. ``progress(step, loss)`` is called every 50 steps with a running mean of the loss in nats.
     """
     torch.manual_seed(seed)
     ids = {word: index for index, word in enumerate(vocabulary)}
     model = SmallGPT(
-        ModelShape(len(vocabulary)), trained_embedding=settings.trained_embedding, embedding_seed=EMBEDDING_SEED
+        shape or ModelShape(len(vocabulary)),
+        trained_embedding=settings.trained_embedding,
+        embedding_seed=EMBEDDING_SEED,
     )
     matrices = [parameter for parameter in model.blocks.parameters() if parameter.dim() == 2]
     inside = {id(parameter) for parameter in matrices}
