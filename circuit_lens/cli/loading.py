@@ -132,8 +132,14 @@ def _bundled(
     name: str, own: Sequence[str], found: Sequence[Found], device: torch.device, dtype: torch.dtype
 ) -> ReplacementModel:
     """Load a bundled model, with a set of its own dictionaries unless others are given."""
+    from circuit_lens import zoo
     from circuit_lens.loading import pairs
 
+    if not own and not found and name not in zoo.names():
+        raise CommandError(
+            f"--model {name}: it is bundled without dictionaries; add --dictionaries neurons, or name others. Bundled "
+            f"with some: {', '.join(zoo.names())}"
+        )
     with argument_errors():
         return pairs.load_bundled(name, own, found=found, device=device, dtype=dtype)
 

@@ -93,8 +93,9 @@ def cut_items(
 
 
 def read_cuts(
-    model: HookedModel, corpus: CutCorpus | None = None, *, n: int | None = None, questions: Sequence[str] = ()
-) -> list[CutReading]:
+    model: HookedModel, corpus: CutCorpus | None = None, *, n: int | None = None, questions: Sequence[str] = (),
+    layers: Sequence[int] | None = None,
+) -> list[CutReading]:  # fmt: skip
     """Read entities in all forms from all layers into all layers.
 
     Args:
@@ -102,19 +103,20 @@ def read_cuts(
         corpus: Its facts; None: those of `capitals-cut`.
         n: Entities, the same in all forms, drawn with a seed; None: all.
         questions: Some of `QUESTIONS`; none: all.
+        layers: Source and target layers; None: all.
     """
     cities = some((corpus or CutCorpus()).cities, n)
     found = []
     for question in questions or QUESTIONS:
         target = QUESTIONS[question][0]()
-        forms, early = (
-            {
-                k: read(model, cut_items(cities, k, question, early=cropped), target, max_new_tokens=MAX_NEW_TOKENS)
-                for k in FORMS
-            }
-            for cropped in (False, True)
+        forms, early = ({k: cut_items(cities, k, question, early=cropped) for k in FORMS} for cropped in (False, True))
+        found.append(
+            CutReading(
+                question,
+                {k: read(model, one, target, max_new_tokens=MAX_NEW_TOKENS, layers=layers) for k, one in forms.items()},
+                {k: read(model, one, target, max_new_tokens=MAX_NEW_TOKENS, layers=layers) for k, one in early.items()},
+            )
         )
-        found.append(CutReading(question, forms, early))
     return found
 
 
