@@ -65,6 +65,19 @@ class Decoded:
         return [row[:length] for row, length in zip(self.new_tokens, self.lengths.tolist(), strict=True)]
 
 
+@dataclass(frozen=True, eq=False)
+class Prompted:
+    """Prompts that were run already.
+
+    Attributes:
+        logits: After their last tokens.
+        step: Goes on from there: its cache holds the prompts.
+    """
+
+    logits: Float[Tensor, "n_rows d_vocab"]
+    step: Step
+
+
 def decode(
     model: HookedModel,
     tokens: Int[Tensor, "n_rows n_pos"],
@@ -77,6 +90,7 @@ def decode(
     stop_at_eos: bool = True,
     scope: Scope | None = None,
     shared_prefix: int = 0,
+    prompted: Callable[[], Prompted] | None = None,
     check: bool = True,
     keep_logits: Literal["all", "first"] = "all",
 ) -> Decoded:
@@ -103,6 +117,7 @@ def decode(
             enters it once more, for all of them.
         shared_prefix: So many first positions are the same in all rows and nothing that ``scope`` changes: with a
             cache they are run once, as one row, outside the scope, and what they leave is expanded to all rows.
+        prompted: With a cache, runs the prompts in its own way, instead of the scope and the shared prefix.
         check: Compare with the uncached model; costs one more forward over all positions.
         keep_logits: Of every new token, or of the first alone: many rows of a large vocabulary take much memory. Then
             the prompt's own logits are not computed either, but those of its last position, and nothing is checked.
@@ -125,7 +140,7 @@ def decode(
         settings = _Settings(max_new_tokens, temperature, top_k, seed, eos, keep_logits == "first")
         step, note = _cached_step(model, len(rows)) if use_cache else (None, "")
         if step is not None:
-            found = _loop(model, rows, step, around, settings, shared_prefix)
+            found = _loop(model, rows, step, around, settings, shared_prefix, prompted)
             note = _mismatch(model, found, around) if check else ""
             if not note:
                 return found
@@ -186,7 +201,7 @@ class _Settings:
 # ------------------------------------------------------------------------------------------------------- one forward
 
 
-class _Step(ABC):
+class Step(ABC):
     """A forward over the next positions of a cache of keys and values that it fills."""
 
     @abstractmethod
@@ -202,8 +217,12 @@ class _Step(ABC):
         """Repeat the one row that was run."""
 
 
-class _HookedStep(_Step):
-    """With TransformerLens' cache; masks are explicit, since it cannot make them without a tokenizer."""
+class HookedStep(Step):
+    """With TransformerLens' cache; masks are explicit, since it cannot make them without a tokenizer.
+
+    Attributes:
+        cache: Keys and values of what was run.
+    """
 
     def __init__(self, model: Any, n_rows: int) -> None:
         from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
@@ -213,9 +232,11 @@ class _HookedStep(_Step):
         self.cache = self.make(n_rows)
 
     def __call__(self, tokens: Tensor) -> Tensor:
+        """Return the logits of these positions."""
         return self._run(tokens, "logits")
 
     def fill(self, tokens: Tensor) -> None:
+        """Do the same without logits."""
         self._run(tokens, None)
 
     def _run(self, tokens: Tensor, return_type: str | None) -> Any:
@@ -225,13 +246,14 @@ class _HookedStep(_Step):
         return self.model(tokens, return_type=return_type, past_kv_cache=self.cache, attention_mask=mask)
 
     def expand(self, n_rows: int) -> None:
+        """Repeat the one row that was run."""
         self.cache.previous_attention_mask = self.cache.previous_attention_mask.expand(n_rows, -1)
         for entry in self.cache.entries:
             entry.past_keys = entry.past_keys.expand(n_rows, -1, -1, -1)
             entry.past_values = entry.past_values.expand(n_rows, -1, -1, -1)
 
 
-class _BridgeStep(_Step):
+class _BridgeStep(Step):
     """With transformers' cache, of full length in every layer: windows are the masks' affair."""
 
     def __init__(self, model: Any) -> None:
@@ -266,10 +288,10 @@ class _BridgeStep(_Step):
         self.cache.batch_repeat_interleave(n_rows)
 
 
-def _cached_step(model: Any, n_rows: int) -> tuple[_Step | None, str]:
+def _cached_step(model: Any, n_rows: int) -> tuple[Step | None, str]:
     """Return a forward with an empty cache, or None and why there is none."""
     if "past_kv_cache" in inspect.signature(model.forward).parameters:
-        return _HookedStep(model, n_rows), ""
+        return HookedStep(model, n_rows), ""
     inner = getattr(model, "original_model", None)
     if inner is None:
         return None, f"run without cache: none is known for {type(model).__name__}"
@@ -306,31 +328,32 @@ def uncached(model: Any, tokens: Int[Tensor, "n_rows n_pos"]) -> Tensor:
 def _loop(
     model: Any,
     rows: Int[Tensor, "n_rows n_pos"],
-    step: _Step | None,
+    step: Step | None,
     around: Scope,
     settings: _Settings,
     prefix: int,
+    prompted: Callable[[], Prompted] | None = None,
     *,
     note: str = "",
 ) -> Decoded:
     tokens, n_pos, done, kept = rows, rows.shape[1], 0, []
+    before: Tensor | None = None
     choose = _Choice(len(rows), settings)
     lengths = torch.full((len(rows),), settings.max_new_tokens, device=rows.device)
     ended = torch.zeros(len(rows), dtype=torch.bool, device=rows.device)
-    if prefix and step is not None:
+    if prompted is not None and step is not None:
+        ready = prompted()
+        step, before, done = ready.step, ready.logits, n_pos
+    elif prefix and step is not None:
         step.fill(rows[:1, :prefix])
         step.expand(len(rows))
         done = prefix
     for n_new in range(1, settings.max_new_tokens + 1):
-        start, stop = done, tokens.shape[1]
-        if settings.first_only and step is not None and stop - start > 1:
-            with around(start, stop - 1):
-                step.fill(tokens[:, start:-1])
-            start = stop - 1
-        with around(start, stop):
-            every = uncached(model, tokens) if step is None else step(tokens[:, start:])
-        done = 0 if step is None else stop
-        logits = every[:, -1].clone()  # a view would keep the logits of every position alive
+        if before is None:
+            logits = _next_logits(model, tokens, step, around, done, settings.first_only)
+            done = 0 if step is None else tokens.shape[1]
+        else:
+            logits, before = before, None
         require_finite("logits", logits)
         chosen = choose(logits).to(rows.device)
         if settings.eos is not None:
@@ -343,6 +366,20 @@ def _loop(
         if bool(ended.all()):
             break
     return Decoded(tokens, torch.stack(kept, dim=1), n_pos, lengths, cached=step is not None, note=note)
+
+
+def _next_logits(
+    model: Any, tokens: Int[Tensor, "n_rows n_pos"], step: Step | None, around: Scope, done: int, last_only: bool
+) -> Float[Tensor, "n_rows d_vocab"]:
+    """Run the tokens from ``done`` on, or without a step all of them, and return the logits after the last."""
+    stop = tokens.shape[1]
+    if last_only and step is not None and stop - done > 1:
+        with around(done, stop - 1):
+            step.fill(tokens[:, done:-1])
+        done = stop - 1
+    with around(done, stop):
+        every = uncached(model, tokens) if step is None else step(tokens[:, done:])
+    return every[:, -1].clone()  # a view would keep the logits of every position alive
 
 
 def _mismatch(model: Any, found: Decoded, around: Scope) -> str:

@@ -8,10 +8,12 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
 from circuit_lens.decoding import Decoded, decode, uncached, why_uncached
 from circuit_lens.hooks import Hook, preserved_rng, quiet_norm_edits, scoped_hooks
+from circuit_lens.patchscopes.climb import Climb, can_climb, climbing_order
 from circuit_lens.patchscopes.definition import Said
 from circuit_lens.patchscopes.rows import Rows, Writes, written
 from circuit_lens.patchscopes.sources import residual_hook
@@ -40,8 +42,9 @@ def say(
     """Run the rows of a grid at once; the result is that of `definition.say_one_by_one`.
 
     Before the (first) placeholder all rows are the same, so these positions are run once and their keys and values are
-    shared; the rest is run as a batch, in which every row has its own state written at the placeholder; what is
-    generated needs no hooks, since the keys and values hold what was written.
+    shared; the rest is run as a batch, in which every row has its own state written at the placeholder, and from its
+    target layer up where the model can (`circuit_lens.patchscopes.climb`); what is generated needs no hooks, since the
+    keys and values hold what was written.
 
     Args:
         model: The target model.
@@ -84,8 +87,12 @@ def _at_once(
     model: HookedModel, target: Placed, rows: Rows, n_new: int, read_layer: int | None, *, use_cache: bool, check: bool
 ) -> tuple[Said, str]:
     """Return what the rows say, run as one batch, and how the cache does not fit, or ""."""
+    order = climbing_order(rows) if use_cache and can_climb(model, rows) else None
+    if order is not None:
+        rows = rows.part(order.tolist())
     writes = rows.writes()
     scope = _Scope(model, target, rows, writes, read_layer)
+    climb = None if order is None else Climb(model, target, rows, writes, read_layer, generates=n_new > 1)
     tokens = target.tokens[None].expand(len(rows), -1)
     found = decode(
         model,
@@ -94,6 +101,7 @@ def _at_once(
         use_cache=use_cache,
         scope=scope,
         shared_prefix=target.positions[0],
+        prompted=climb,
         check=False,
         keep_logits="first",
     )
@@ -101,7 +109,19 @@ def _at_once(
     new = found.new_tokens[:, :n_new]
     if new.shape[1] < n_new:  # every row is at its end
         new = torch.cat([new, new[:, -1:].expand(-1, n_new - new.shape[1])], dim=1)
-    return Said(found.logits[:, 0], new, found.lengths.clamp(max=n_new), state=scope.state), note
+    state = scope.state if climb is None else climb.state
+    said = Said(found.logits[:, 0], new, found.lengths.clamp(max=n_new), state=state)
+    return (said if order is None else _reordered(said, torch.argsort(order))), note
+
+
+def _reordered(said: Said, at: Int[Tensor, "n_rows"]) -> Said:
+    def rows(values: Tensor) -> Tensor:
+        return values[at.to(values.device)]
+
+    state = None if said.state is None else rows(said.state)
+    return replace(
+        said, logits=rows(said.logits), new_tokens=rows(said.new_tokens), lengths=rows(said.lengths), state=state
+    )
 
 
 class _Scope:

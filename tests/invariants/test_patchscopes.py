@@ -457,7 +457,7 @@ def test_a_cache_that_is_wrong_is_noticed_and_all_is_run_without(kind: Kind, mon
     vectors, target = cl.Vectors.from_prompts(model, sources()[0]), cl.Target(cases.tokens(N_POS, seed=5), at=6)
     settings: dict[str, Any] = {"max_new_tokens": 3, "keep_logits": True, "read_layer": 1}
     right = cl.patchscope(model, vectors, target, **settings)
-    step = decoding._HookedStep if kind == "hooked" else decoding._BridgeStep
+    step = decoding.HookedStep if kind == "hooked" else decoding._BridgeStep
     monkeypatch.setattr(step, "fill", forgetting(step.fill))
     for memory in (1.0, 1e-9):
         found = cl.patchscope(model, vectors, target, memory=memory, **settings)
@@ -475,14 +475,14 @@ def test_the_wrong_generation_of_a_right_prompt_is_noticed(monkeypatch: pytest.M
     model = cases.model("llama")
     target = cl.Target(cases.tokens(6, seed=5), at=5)
     right = cl.patchscope(model, sources(), target, max_new_tokens=6)
-    call, steps = decoding._HookedStep.__call__, []
+    call, steps = decoding.HookedStep.__call__, []
 
     def wrong(self: Any, tokens: Tensor) -> Tensor:
         steps.append(tokens)
         logits = call(self, tokens)
         return logits if len(steps) < 4 else -logits
 
-    monkeypatch.setattr(decoding._HookedStep, "__call__", wrong)
+    monkeypatch.setattr(decoding.HookedStep, "__call__", wrong)
     found = cl.patchscope(model, sources(), target, max_new_tokens=6)
     assert len(found.notes) == 1
     assert bool((found.patched.new_tokens == right.patched.new_tokens).all())
