@@ -17,6 +17,7 @@ from circuit_lens.graph.rates import Mean, Rate
 from circuit_lens.patchscopes.sources import EMBEDDING
 from circuit_lens.studies import patch_cuts, report
 from circuit_lens.studies.tables import Row, StudyTable
+from circuit_lens.zoo import train
 from circuit_lens.zoo.corpus import Corpus
 from circuit_lens.zoo.cut_names import CUT, FORMS, GLUE, SHORTEST, CutCorpus, cut, ending, entities_to_cut
 from circuit_lens.zoo.cut_recipe import choose_cut_names, make_cut_names, section, write_section
@@ -45,7 +46,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def cuts(model, corpus):
-    return patch_cuts.read_cuts(model, corpus, n=16)
+    return patch_cuts.read_cuts(model, corpus, n=12)
 
 
 # The cut
@@ -163,10 +164,8 @@ def test_the_command_reads_a_cut_name_and_refuses_what_needs_dictionaries(tmp_pa
     done = run("--source", "Maria read about Lu_ _bbo_ _ck", "--layers", "1", "--answer", "city in Texas")
     assert done.exit_code == 0, done.output
     assert "city in Texas" in " ".join(done.output.split())
-    for refused, said in (
-        (("--feature", "L1:3"), "--dictionaries neurons"),
-        (("--source", "Maria", "--bridge"), "--bridge"),
-    ):
+    bridge = "--source", "Maria", "--bridge"
+    for refused, said in ((("--feature", "L1:3"), "--dictionaries neurons"), (bridge, "leave out --bridge")):
         done = run(*refused)
         assert done.exit_code == 2
         assert said in " ".join(str(done.exception).split()) + done.output
@@ -219,7 +218,7 @@ def test_one_token_is_right_at_the_embedding_and_more_are_first_right_in_a_later
         # A third token makes no later layer of it than a second one does.
         between = table[f"{question}: three tokens minus two tokens"].cells["first layer"]
         assert abs(between.value) <= 0.3
-        assert between.n == 16
+        assert between.n == 12
 
 
 def test_forms_of_two_and_three_tokens_are_one_at_the_embedding_and_part_in_the_first_layer(cuts):
@@ -260,9 +259,8 @@ def test_all_cities_resolve_in_every_form_and_the_controls_fail(model, corpus):
             assert cells["best fixed cell"].share >= 0.95
             assert cells["re-embedded"].share <= 0.1
             assert first[f"{question}: {form}, read one token too early"].cells["best fixed cell"].share <= 0.1
-            assert last[f"{question}: {form}"].cells["right"].share == pytest.approx(
-                1.0 if form == "one token" else 0.2, abs=0.05
-            )
+            alone = last[f"{question}: {form}"].cells["right"].share
+            assert alone >= 0.95 if form == "one token" else alone <= 0.25
         assert layers[f"{question}: two tokens minus one token"].cells["first layer"].low > 1
         assert layers[f"{question}: three tokens minus two tokens"].cells["first layer"].high < 0.1
 
@@ -321,6 +319,7 @@ def test_the_section_is_written_before_the_bytes_once_and_the_rest_of_the_report
 @pytest.mark.slow
 def test_the_recipe_trains_ships_and_reports_from_a_seed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, corpus):
     monkeypatch.setitem(MODELS, CUT, TrainingSettings(steps=2, batch=2))
+    monkeypatch.setattr(train, "_compiled", lambda function: function)
     (tmp_path / "assets").mkdir()
     lines: list[str] = []
     make_cut_names(
