@@ -14,8 +14,8 @@ import torch
 
 from circuit_lens.graph.files import atomic_path
 from circuit_lens.zoo import templates
-from circuit_lens.zoo.cut_names import CUT, FORMS, MET, CutCorpus, cut_shape
-from circuit_lens.zoo.evaluate import DESCRIPTION_PROMPT, Accuracy, accuracy
+from circuit_lens.zoo.cut_names import CUT, FORMS, MET, CutCorpus, cut, cut_shape
+from circuit_lens.zoo.evaluate import DESCRIPTION_PROMPT, NAME_PROMPT, Accuracy, accuracy, patched_by_depth
 from circuit_lens.zoo.loading import ASSETS, load_model_from
 from circuit_lens.zoo.markdown import table
 from circuit_lens.zoo.recipe import MODELS, Workshop
@@ -39,12 +39,14 @@ class CutBehaviour:
         descriptions: "city in <state>" at the end of the description prompt, with the name written there.
         states: The state, asked by `STATE_PROMPT`.
         sentences: The state in every template of the corpus.
+        patched: The description, where the last token's residual is moved into the prompt, by depth from the embedding.
     """
 
     n_parameters: int
     descriptions: dict[str, Accuracy]
     states: dict[str, Accuracy]
     sentences: dict[str, Accuracy]
+    patched: dict[str, tuple[Accuracy, ...]]
 
 
 def described(corpus: CutCorpus, n: int) -> list[Sentence]:
@@ -90,7 +92,13 @@ def measure_cut_names(model: HookedTransformer, corpus: CutCorpus) -> CutBehavio
         descriptions={str(n): accuracy(model, described(corpus, n)) for n in FORMS},
         states={str(n): accuracy(model, placed(corpus, n, state)) for n in FORMS},
         sentences={str(n): accuracy(model, placed(corpus, n, (*templates.CITY, *MET))) for n in FORMS},
+        patched={str(n): _patched(model, corpus, n) for n in FORMS},
     )
+
+
+def _patched(model: HookedTransformer, corpus: CutCorpus, n: int) -> tuple[Accuracy, ...]:
+    texts = [[*NAME_PROMPT.split(), *cut(city.name, n)] for city in corpus.cities]
+    return patched_by_depth(model, texts, [f"city in {city.place.name}" for city in corpus.cities])
 
 
 def _share(record: dict[str, Any]) -> float:
@@ -136,13 +144,21 @@ def section(corpus: CutCorpus, measured: dict[int, dict[str, Any]], chosen: int)
     states = len({city.place.name for city in corpus.cities})
     tokens = settings.steps * settings.batch * settings.length
     rows = [
-        [f"{label}, {n} token{'s' * (n > 1)}", *(_cell(record[kind][str(n)]) for record in measured.values())]
+        [f"{label}, {_tokens(n)}", *(_cell(record[kind][str(n)]) for record in measured.values())]
         for kind, label in (
             ("descriptions", "description"),
             ("states", "state, one question"),
             ("sentences", "state, every template"),
         )
         for n in FORMS
+    ]
+    rows += [
+        [
+            f"description, {_tokens(n)}, patched {f'after block {depth - 1}' if depth else 'at the embedding'}",
+            *(_cell(record["patched"][str(n)][depth]) for record in measured.values()),
+        ]
+        for n in FORMS
+        for depth in range(shape["n_layers"] + 1)
     ]
     return [
         _TITLE,
@@ -157,10 +173,16 @@ def section(corpus: CutCorpus, measured: dict[int, dict[str, Any]], chosen: int)
         "`capitals`; 500 steps, tried once (seed 0), were enough for the first two questions. It ships with seed "
         f"{chosen}: the rule, fixed before these runs, is the best accuracy in the worst form of the first two "
         "questions, of equal ones the lowest seed. Share right, with the name written in the prompt "
-        f"({DESCRIPTION_PROMPT!r}, {STATE_PROMPT.format(city='x')!r}), by seed:",
+        f"({DESCRIPTION_PROMPT!r}, {STATE_PROMPT.format(city='x')!r}), by seed; and where the last token's residual "
+        f"of {' '.join([NAME_PROMPT, '<name>'])!r} is patched into the description prompt at the same depth, as for "
+        "the people above:",
         "",
         *table(["", *map(str, measured)], rows),
     ]
+
+
+def _tokens(n: int) -> str:
+    return f"{n} token{'s' * (n > 1)}"
 
 
 def _cell(record: dict[str, Any]) -> str:

@@ -208,18 +208,19 @@ def state_probe(model: HookedTransformer, corpus: Corpus) -> tuple[tuple[float, 
 
 
 @torch.no_grad()
-def people_patch(model: HookedTransformer, corpus: Corpus) -> tuple[tuple[Accuracy, ...], Accuracy]:
-    """Descriptions of people whose last name token is patched into the description prompt, by depth.
+def patched_by_depth(
+    model: HookedTransformer, texts: Sequence[Sequence[str]], descriptions: Sequence[str]
+) -> tuple[Accuracy, ...]:
+    """Descriptions said when a text's last residual is patched into the description prompt, by depth.
 
-    The residual at the last token of ``Maria read about <name>`` replaces that at the placeholder ``x`` of the
-    description prompt, at the same depth (the embedding, then after every block). Right means both words of the
-    description. The second result is the same prompt with the whole name written in place of the placeholder.
+    The residual replaces that at the placeholder ``x``, at the same depth (the embedding, then after every block).
+    Right means every word of the description.
     """
-    people = corpus.people
-    sources = last_token_residuals(model, [[*NAME_PROMPT.split(), *person.name.split()] for person in people])
+    sources = last_token_residuals(model, texts)
     prompt = DESCRIPTION_PROMPT.split()
     placeholder = prompt.index("x") + 1
-    rows = padded([token_ids(model, (*prompt, *person.description.split())) for person in people])
+    rows = padded([token_ids(model, (*prompt, *description.split())) for description in descriptions])
+    wanted = rows[:, len(prompt) + 1 :]
     names = ["hook_embed", *(f"blocks.{layer}.hook_resid_post" for layer in range(model.cfg.n_layers))]
     results = []
     for name, source in zip(names, sources, strict=True):
@@ -229,8 +230,22 @@ def people_patch(model: HookedTransformer, corpus: Corpus) -> tuple[tuple[Accura
             return residual
 
         best = model.run_with_hooks(rows, fwd_hooks=[(name, patch)]).argmax(-1)
-        right = (best[:, len(prompt) : -1] == rows[:, len(prompt) + 1 :]).all(-1)
-        results.append(Accuracy(int(right.sum()), len(people)))
+        right = ((best[:, len(prompt) : -1] == wanted) | (wanted == PAD_ID)).all(-1)
+        results.append(Accuracy(int(right.sum()), len(texts)))
+    return tuple(results)
+
+
+@torch.no_grad()
+def people_patch(model: HookedTransformer, corpus: Corpus) -> tuple[tuple[Accuracy, ...], Accuracy]:
+    """Descriptions of people whose last name token is patched into the description prompt, by depth.
+
+    The source is the last token of ``Maria read about <name>``, see `patched_by_depth`. The second result is the same
+    prompt with the whole name written in place of the placeholder.
+    """
+    people = corpus.people
+    texts = [[*NAME_PROMPT.split(), *person.name.split()] for person in people]
+    results = patched_by_depth(model, texts, [person.description for person in people])
+    prompt = DESCRIPTION_PROMPT.split()
     whole = []
     for person in people:
         written = " ".join([*prompt[:-2], person.name, ":"]).split()
@@ -238,7 +253,7 @@ def people_patch(model: HookedTransformer, corpus: Corpus) -> tuple[tuple[Accura
         row = padded([token_ids(model, (*written, *answer))])
         best = model(row)[0].argmax(-1)
         whole.append(bool((best[len(written) : -1] == row[0, len(written) + 1 :]).all()))
-    return tuple(results), Accuracy(sum(whole), len(whole))
+    return results, Accuracy(sum(whole), len(whole))
 
 
 @torch.no_grad()

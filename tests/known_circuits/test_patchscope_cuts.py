@@ -291,6 +291,7 @@ def _measured(*worst: int) -> dict:
             "n_parameters": 7,
             "descriptions": right | {"2": {"right": number, "asked": 10}},
             "states": right,
+            "patched": {str(n): [{"right": n, "asked": 10}] * 5 for n in FORMS},
             "sentences": right | {"1": {"right": 0, "asked": 10}},
         }
         for seed, number in enumerate(worst)
