@@ -169,6 +169,26 @@ def test_parts_of_one_row_and_runs_without_cache_say_the_same(name: Architecture
             assert gap(a.state, b.state) <= limit(name, kind)
 
 
+@pytest.mark.parametrize("through", THROUGH)
+def test_a_layer_is_run_by_the_rows_that_are_written_below_it_and_the_plain_prompt(through: Through) -> None:
+    model, n_pos, at = builders.build("gpt2", "hooked"), N_POS, 5
+    vectors = cl.Vectors.from_prompts(model, sources()[0])
+    seen: dict[int, list[tuple[int, int]]] = {layer: [] for layer in range(model.cfg.n_layers)}
+    for layer in seen:  # hooks of the user's stay where they are, and see what is run
+        model.add_hook(f"blocks.{layer}.hook_mlp_out", lambda x, hook, layer=layer: seen[layer].append(x.shape[:2]))
+    settings: dict[str, Any] = {"target_layers": "all", "patch_through": through, "controls": False, "check": False}
+    found = cl.patchscope(model, vectors, cl.Target(cases.tokens(n_pos, seed=5), at=at), read_layer=1, **settings)
+    layers = [found.target_of(s, t) for s, t in itertools.product(*map(range, found.shape[1:3]))]
+    for layer, batches in seen.items():
+        below = sum(target < layer for target in layers)
+        rows = len(layers) + 1  # and the unpatched prompt
+        if through == "layer":
+            assert sorted(batches) == sorted([(1, at), (1, n_pos - at), *[(below, n_pos - at)] * (below > 0)])
+        else:
+            assert sorted(batches) == sorted([(1, at), (rows, n_pos - at - 1), (rows, 1)])
+    assert found.patched.state is not None
+
+
 def with_end(model: Any, token: int) -> None:
     """Give a model a tokenizer whose end of the sequence is a token."""
     model.tokenizer = copy.deepcopy(builders.tokenizer())
