@@ -163,10 +163,10 @@ def section(corpus: CutCorpus, measured: dict[int, dict[str, Any]], chosen: int)
     return [
         _TITLE,
         "",
-        f"{len(corpus.cities)} cities of {states} states, each written in one token, in two and in three (Lubbock; "
-        "Lubbo_ _ck; Lu_ _bbo_ _ck), drawn uniformly at every mention. The forms of two and three tokens end in the "
-        "same token, which cities of at least three states share (`cut_names.py`). The pieces before it are hidden as "
-        "those of other names are. Embedding random and untrained; no dictionaries.",
+        f"{len(corpus.cities)} cities of {states} states, each written in one token, in two and in three (Galveston; "
+        "Galvest_ _on; Ga_ _lvest_ _on), drawn uniformly at every mention. The forms of two and three tokens end in "
+        "the same token, which cities of at least three states share (`cut_names.py`). The pieces before it are hidden "
+        "as those of other names are. Embedding random and untrained; no dictionaries.",
         "",
         f"Sizes: {sizes}, {vocabulary} tokens in the vocabulary, {measured[chosen]['n_parameters']:,} parameters. "
         f"{settings.steps} steps of {settings.batch} × {settings.length} tokens ({tokens:,} in all), otherwise as "

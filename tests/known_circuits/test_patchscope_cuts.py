@@ -161,7 +161,7 @@ def test_the_command_reads_a_cut_name_and_refuses_what_needs_dictionaries(tmp_pa
     def run(*arguments):
         return CliRunner().invoke(build_app(), ["patchscope", *arguments, "--model", CUT])
 
-    done = run("--source", "Maria read about Lu_ _bbo_ _ck", "--layers", "1", "--answer", "city in Texas")
+    done = run("--source", "Maria read about Ga_ _lvest_ _on", "--layers", "1", "--answer", "city in Texas")
     assert done.exit_code == 0, done.output
     assert "city in Texas" in " ".join(done.output.split())
     bridge = "--source", "Maria", "--bridge"
@@ -241,12 +241,12 @@ def test_where_the_last_piece_fails_it_says_a_city_with_that_ending_more_than_ch
 
 
 def test_an_item_ends_in_the_last_piece_and_an_early_one_before_it(corpus):
-    city = next(city for city in corpus.cities if city.name == "Lubbock")
+    city = next(city for city in corpus.cities if city.name == "Galveston")
     asked = {n: patch_cuts.cut_items([city], n, "state")[0] for n in FORMS}
-    assert asked[3].prompt == "Maria read about Lu_ _bbo_ _ck"
+    assert asked[3].prompt == "Maria read about Ga_ _lvest_ _on"
     assert {one.answer for one in asked.values()} == {"Texas"}
     early = [patch_cuts.cut_items([city], n, "description", early=True)[0].prompt for n in FORMS]
-    assert early == ["Maria read about", "Maria read about Lubbo_", "Maria read about Lu_ _bbo_"]
+    assert early == ["Maria read about", "Maria read about Galvest_", "Maria read about Ga_ _lvest_"]
 
 
 @pytest.mark.slow
