@@ -7,16 +7,14 @@ import json
 import os
 import random
 import re
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from typer.testing import CliRunner, Result
 
 import circuit_lens as cl
-from circuit_lens.cli import build_app, loading
+from circuit_lens.cli import loading
 from circuit_lens.cli.changes import (
     parse_change,
     parse_feature,
@@ -27,12 +25,12 @@ from circuit_lens.cli.changes import (
 from circuit_lens.cli.failing import CommandError
 from circuit_lens.cli.loading import Pair
 from circuit_lens.interop.neuronpedia_url import graph_url
+from tests.commands import Run, runner, words
 
 PROMPT = "Fact: the capital of the state containing Dallas is"
 OAKLAND = PROMPT.replace("Dallas", "Oakland")
 TEXAS = "Texas=L1:Dallas:302,L2:Dallas:181"
 CALIFORNIA = "California=L1:Dallas:263,L2:Dallas:458"
-Run = Callable[..., Result]
 
 
 @pytest.fixture(scope="module")
@@ -43,13 +41,7 @@ def rm() -> cl.ReplacementModel:
 @pytest.fixture
 def run(rm: cl.ReplacementModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     """Run the command in an empty folder, with a bundled model that is loaded once."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(loading, "load_pair", lambda *_, **__: Pair(rm, "capitals", True))
-    return lambda *arguments: CliRunner().invoke(build_app(), ["intervene", *arguments], catch_exceptions=False)
-
-
-def words(text: str) -> str:
-    return " ".join(re.sub("[│╭╮╰╯─]", " ", text).split())
+    return runner("intervene", rm, tmp_path, monkeypatch)
 
 
 # ----------------------------------------------------------------------------------------------------------- the syntax

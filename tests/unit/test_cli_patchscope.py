@@ -6,23 +6,19 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from typer.testing import CliRunner, Result
 
 import circuit_lens as cl
-from circuit_lens.cli import build_app, loading
 from circuit_lens.cli.failing import CommandError
-from circuit_lens.cli.loading import Pair
 from circuit_lens.cli.patchscope_names import PRESETS, parse_feature, parse_layers, parse_target
+from tests.commands import Run, runner, words
 
 DALLAS, LYON = "Maria read about Dallas", "Maria read about Lyon"
-Run = Callable[..., Result]
 
 
 @pytest.fixture(scope="module")
@@ -33,13 +29,7 @@ def rm() -> cl.ReplacementModel:
 @pytest.fixture
 def run(rm: cl.ReplacementModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     """Run the command in an empty folder, with a bundled model that is loaded once."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(loading, "load_pair", lambda *_, **__: Pair(rm, "capitals", True))
-    return lambda *arguments: CliRunner().invoke(build_app(), ["patchscope", *arguments], catch_exceptions=False)
-
-
-def words(text: str) -> str:
-    return " ".join(re.sub("[│╭╮╰╯─]", " ", text).split())
+    return runner("patchscope", rm, tmp_path, monkeypatch)
 
 
 def cells(path: Path) -> list[dict[str, Any]]:

@@ -13,17 +13,17 @@ from pathlib import Path
 import pytest
 import torch
 from matplotlib.figure import Figure
-from typer.testing import CliRunner, Result
+from typer.testing import CliRunner
 
 import circuit_lens as cl
 from circuit_lens.cli import build_app, loading
 from circuit_lens.cli.loading import Pair
 from circuit_lens.graph import store
 from tests.builders import build, transcoders
+from tests.commands import Run, runner, words
 
 PROMPT = "the capital of the state containing Dallas is"
 FILES = ["graph.json", "graph.png", "graph.safetensors", "graph.svg"]
-Run = Callable[..., Result]
 
 
 @pytest.fixture(scope="module")
@@ -35,9 +35,7 @@ def rm() -> cl.ReplacementModel:
 @pytest.fixture
 def run(rm: cl.ReplacementModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     """Run the command in an empty folder, with this model in place of the one it would load."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(loading, "load_pair", lambda *_, **__: Pair(rm, "test", False))
-    return lambda *arguments: CliRunner().invoke(build_app(), ["trace", *arguments], catch_exceptions=False)
+    return runner("trace", rm, tmp_path, monkeypatch, name="test", bundled=False)
 
 
 def files(folder: Path) -> list[str]:
@@ -204,7 +202,7 @@ def test_what_cannot_be_used_is_one_clear_message_and_no_file(
     before = everything(tmp_path)
     result = run(*arguments)
     assert result.exit_code == 2
-    assert message.lower() in " ".join(re.sub("[│╭╮╰╯─]", " ", result.stderr).split()).lower()
+    assert message.lower() in words(result.stderr).lower()
     assert result.stdout == ""
     assert "Traceback" not in result.output
     assert everything(tmp_path) == before

@@ -5,24 +5,22 @@ from __future__ import annotations
 import errno
 import json
 import os
-import re
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from typer.testing import CliRunner, Result
 
 import circuit_lens as cl
-from circuit_lens.cli import build_app, loading
+from circuit_lens.cli import loading
 from circuit_lens.cli.loading import Pair
 from tests.builders import build, transcoders
+from tests.commands import Run, runner, words
 
 PROMPT = "Fact: the capital of the state containing Dallas is"
 OAKLAND = PROMPT.replace("Dallas", "Oakland")
 FAST = ("--max-nodes", "6", "--samples", "5")
 SETTINGS = cl.CardSettings(max_nodes=6, samples=5)
-Run = Callable[..., Result]
 
 
 @pytest.fixture(scope="module")
@@ -38,14 +36,8 @@ def graph(rm: cl.ReplacementModel) -> cl.AttributionGraph:
 @pytest.fixture
 def run(rm: cl.ReplacementModel, graph: cl.AttributionGraph, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     """Run the command in a folder with one graph, with a bundled model that is loaded once."""
-    monkeypatch.chdir(tmp_path)
     graph.save(tmp_path / "dallas.safetensors")
-    monkeypatch.setattr(loading, "load_pair", lambda *_, **__: Pair(rm, "capitals", True))
-    return lambda *arguments: CliRunner().invoke(build_app(), ["validate", *arguments], catch_exceptions=False)
-
-
-def words(text: str) -> str:
-    return " ".join(re.sub("[│╭╮╰╯─]", " ", text).split())
+    return runner("validate", rm, tmp_path, monkeypatch)
 
 
 def names(folder: Path) -> list[str]:
