@@ -19,7 +19,7 @@ from circuit_lens.graph.rates import Mean, Rate
 from circuit_lens.patchscopes.sources import EMBEDDING
 from circuit_lens.patchscopes.targets import Target
 from circuit_lens.protocols import HookedModel
-from circuit_lens.studies.patch_items import SOURCE, Item, Write, as_words, descriptions, some
+from circuit_lens.studies.patch_items import SOURCE, Item, descriptions, some
 from circuit_lens.studies.patch_tables import CHOICE, CONTROLS, RECOMPUTES, Reading, difference, layer_name, read
 from circuit_lens.studies.tables import Cell, Row, StudyTable
 from circuit_lens.zoo.cut_names import FORMS, CutCorpus, cut, ending
@@ -71,9 +71,7 @@ class CutReading:
         return self.forms[n].right[:, source, target]
 
 
-def cut_items(
-    cities: Sequence[City], n: int, question: str, *, early: bool = False, write: Write = as_words
-) -> list[Item]:
+def cut_items(cities: Sequence[City], n: int, question: str, *, early: bool = False) -> list[Item]:
     """Return the cities in ``n`` tokens with the answer to a question, named by their whole name.
 
     Args:
@@ -81,12 +79,11 @@ def cut_items(
         n: Tokens of each name.
         question: One of `QUESTIONS`.
         early: Leave out the last token of the name.
-        write: Turns the words of a prompt into text.
     """
     found = []
     for city in cities:
         pieces = cut(city.name, n)[: n - 1 if early else n]
-        prompt = write(SOURCE.format(name=" ".join(pieces)).strip())
+        prompt = SOURCE.format(name=" ".join(pieces)).strip()
         answer = QUESTIONS[question][1].format(state=city.place.name)
         found.append(Item(city.name, prompt, answer, "city", ending(city.name), n))
     return found
@@ -145,6 +142,8 @@ def cuts_table(cuts: Sequence[CutReading], *, name: str = "") -> StudyTable:
         f"{SOURCE!r}, read at the last token, which is the same in the forms of two and three; targets "
         + " and ".join(repr(one.forms[FORMS[0]].result.targets[0]) for one in cuts)
         + "; right: the text begins with the whole answer. The halves of the choice are the same cities in every form.",
+        "In training the pieces before the last were hidden from what follows the name in most mentions, so the last "
+        "token had to carry the city: a language model is under no such pressure.",
         "Too early: read at the piece before the last, which with what precedes it is this city's alone here; of one "
         "token that is the word before the name, the same for all.",
         CHOICE,

@@ -75,9 +75,9 @@ What these figures do not show:
 - Embedding and unembedding are separate and share no directions. What a last layer is about to say is no input that a
   prompt can read, so token identity of next tokens and moved answers of a first step fail by the identity map; both are
   shown, with what repairs them.
-- Only in `capitals-cut` does an entity have several tokenisations, and there they are all that differs: pieces are cut
-  by rule and each form is as frequent as the others, which no language model's tokens are. Elsewhere entities of more
-  tokens are other entities.
+- Only in `capitals-cut` does an entity have several tokenisations. There pieces are cut by rule, each form is as
+  frequent as the others, and the pieces before the last are hidden in training, none of which is so in a language
+  model. Elsewhere entities of more tokens are other entities.
 - The adverse wording of the two-step study was chosen on its items. The source sentence of the entities is that of the
   zoo's own figures; two others were looked at on the same items and did about as well. All other prompts were set
   before anything was scored.
