@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from circuit_lens.errors import TokensError
+from circuit_lens.errors import CircuitLensError, TokensError
 from circuit_lens.hooks import preserved_rng, quiet_norm_edits
 from circuit_lens.protocols import HookedModel
 from circuit_lens.running import plain_tensors, require_finite, to_tokens
@@ -28,9 +28,8 @@ Scope = Callable[[int, int], AbstractContextManager[Any]]
 """``scope(start, stop)`` is entered around every forward over the absolute positions ``start`` to ``stop - 1``."""
 
 _KEEPS_KEYS_AND_VALUES = {"full_attention", "sliding_attention", "chunked_attention"}
-# Largest difference of cached and uncached logits, as a share of the largest |logit|. A bridge's norms may compute in
-# float32 whatever the model's dtype is.
-_LIMITS = {torch.float64: 1e-5, torch.float32: 1e-3}
+# A bridge's norms may compute in float32 whatever the model's dtype is, hence the first.
+_LIMITS = {torch.float64: 1e-5, torch.float32: 3e-5}
 _LIMIT_HALF = 5e-2
 
 
@@ -98,9 +97,9 @@ def decode(
 
     The model is causal, so one uncached forward over everything that was written gives the logits of every step at
     once. With ``check`` the cached logits are compared with these, under the same scope; if they differ (a cache that
-    does not fit the architecture, positions that depend on the length, hooks that do not know where they are), the
-    uncached loop is run and ``note`` says so. The global random state and the model are as before when it returns or
-    raises.
+    does not fit the architecture, positions that depend on the length, hooks that do not know where they are), or the
+    cached run fails, the uncached loop is run and ``note`` says so. The global random state and the model are as before
+    when it returns or raises.
 
     Args:
         model: A HookedTransformer or TransformerBridge; its hooks, permanent ones too, run in every forward.
@@ -118,7 +117,7 @@ def decode(
         shared_prefix: So many first positions are the same in all rows and nothing that ``scope`` changes: with a
             cache they are run once, as one row, outside the scope, and what they leave is expanded to all rows.
         prompted: With a cache, runs the prompts in its own way, instead of the scope and the shared prefix.
-        check: Compare with the uncached model; costs one more forward over all positions.
+        check: Compare with the uncached model, to `cache_limit`; costs one more forward over all positions.
         keep_logits: Of every new token, or of the first alone: many rows of a large vocabulary take much memory. Then
             the prompt's own logits are not computed either, but those of its last position, and nothing is checked.
 
@@ -140,10 +139,16 @@ def decode(
         settings = _Settings(max_new_tokens, temperature, top_k, seed, eos, keep_logits == "first")
         step, note = _cached_step(model, len(rows)) if use_cache else (None, "")
         if step is not None:
-            found = _loop(model, rows, step, around, settings, shared_prefix, prompted)
-            note = _mismatch(model, found, around) if check else ""
-            if not note:
-                return found
+            try:
+                found = _loop(model, rows, step, around, settings, shared_prefix, prompted)
+            except Exception as error:
+                note = cache_failure(error)
+                if not (check and note):
+                    raise
+            else:
+                note = _mismatch(model, found, around) if check else ""
+                if not note:
+                    return found
         return _loop(model, rows, None, around, settings, 0, note=note)
 
 
@@ -313,6 +318,19 @@ def why_uncached(model: Any) -> str:
     return _cached_step(model, 1)[1]
 
 
+def cache_limit(dtype: torch.dtype) -> float:
+    """Return how far cached logits may be from uncached ones, as a share of the largest |logit|."""
+    return _LIMITS.get(dtype, _LIMIT_HALF)
+
+
+def cache_failure(error: Exception) -> str:
+    """Return what to note of an error of a cached run that an uncached one may not have; "" where it may."""
+    if isinstance(error, CircuitLensError | torch.OutOfMemoryError):
+        return ""
+    first = (str(error).splitlines() or [""])[0]
+    return f"run without cache: with it the model, or a hook in it, fails ({type(error).__name__}: {first:.160})"
+
+
 def uncached(model: Any, tokens: Int[Tensor, "n_rows n_pos"]) -> Tensor:
     """Return the logits of an uncached forward; every token is attended, whatever the tokenizer calls it."""
     if "past_kv_cache" in inspect.signature(model.forward).parameters:
@@ -388,7 +406,7 @@ def _mismatch(model: Any, found: Decoded, around: Scope) -> str:
     with around(0, tokens.shape[1]):
         wanted = uncached(model, tokens)[:, found.n_prompt - 1 :]
     gap = (found.logits - wanted).abs().amax(dim=(0, 2)) / wanted.abs().amax().clamp_min(1e-30)
-    limit = _LIMITS.get(wanted.dtype, _LIMIT_HALF)
+    limit = cache_limit(wanted.dtype)
     worst = float(gap.max())
     if worst <= limit:
         return ""

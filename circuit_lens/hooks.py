@@ -220,6 +220,11 @@ def present_hooks(model: HookedModel) -> list[str]:
     return sorted(seen.values())
 
 
+def carries_hooks(model: Any) -> bool:
+    """Whether any module of the model carries a forward hook now: the user's, of torch or of hook points, or ours."""
+    return any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
 @contextlib.contextmanager
 def quiet_norm_edits() -> Iterator[None]:
     """Hide TransformerBridge's notice that an edited norm is recomputed: freezing norms is what we are doing."""

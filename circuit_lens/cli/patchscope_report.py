@@ -60,6 +60,8 @@ def _print_answers(console: Console, result: PatchscopeResult, answers: list[lis
         return
     shown = " or ".join(repr(one) for one in answers[0])
     right = result.right(answers)[0]
+    counted = [n for n, layer in enumerate(result.source_layers) if layer != -1]  # the embedding is a control
+    right = right[counted] if counted else right
     controls = []
     if result.reembedded is not None:
         again = result.figures("accuracy", result.reembedded, answers)[0]

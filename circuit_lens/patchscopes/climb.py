@@ -16,19 +16,22 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from circuit_lens.decoding import HookedStep, Prompted
-from circuit_lens.hooks import Hook, scoped_hooks
+from circuit_lens.hooks import Hook, carries_hooks, scoped_hooks
 from circuit_lens.patchscopes.rows import Rows, Writes, written
 from circuit_lens.patchscopes.sources import EMBEDDING, residual_hook
 from circuit_lens.patchscopes.targets import Placed
 
 
 def can_climb(model: Any, rows: Rows) -> bool:
-    """Whether the rows are written at one layer each, and the model can run a part of its layers."""
+    """Whether the rows are written at one layer each, and the model can run a part of its layers.
+
+    Where there are other hooks all layers are run by all rows: what they carry from layer to layer has one batch.
+    """
     accepted = inspect.signature(model.forward).parameters
     partly = {"start_at_layer", "stop_at_layer", "past_kv_cache"} <= set(accepted)
     # Shortformer's attention reads positions at every layer, which the residual stream does not hold.
     positions = getattr(model.cfg, "positional_embedding_type", None)
-    return partly and positions != "shortformer" and rows.through == "layer"
+    return partly and positions != "shortformer" and rows.through == "layer" and not carries_hooks(model)
 
 
 def climbing_order(rows: Rows) -> Int[Tensor, "n_rows"]:
@@ -62,12 +65,12 @@ class Climb:
         self.model, self.target, self.rows, self.writes = model, target, rows, writes
         self.read_layer, self.generates = read_layer, generates
         self.layer_of = _target_layers(rows)
-        self.columns = torch.tensor([position - target.positions[0] for position in target.positions])
+        self.columns = torch.tensor([position - target.start for position in target.positions])
         self.state: Tensor | None = None
 
     def __call__(self) -> Prompted:
         """Return the logits after the prompt, and where its keys and values are kept, a forward that goes on."""
-        n_layers, n_prefix = self.model.cfg.n_layers, self.target.positions[0]
+        n_layers, n_prefix = self.model.cfg.n_layers, self.target.start
         plain, streams = self._plain()
         step = HookedStep(self.model, len(self.rows))
         step.cache.append_attention_mask(torch.ones(len(self.rows), len(self.target.tokens), dtype=torch.int))
@@ -98,7 +101,7 @@ class Climb:
 
     def _plain(self) -> tuple[HookedStep, dict[int, Tensor]]:
         """Run the target prompt as it is; return its step and the streams from the first placeholder on."""
-        n_layers, start = self.model.cfg.n_layers, self.target.positions[0]
+        n_layers, start = self.model.cfg.n_layers, self.target.start
         step, tokens = HookedStep(self.model, 1), self.target.tokens[None]
         if start:
             step.fill(tokens[:, :start])

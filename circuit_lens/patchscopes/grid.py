@@ -30,7 +30,7 @@ class Grid:
         target_layers: "same": each source layer into itself.
         scales: What is multiplied.
         cells: By source layer, then target layer, then scale.
-        controls: One for each target layer; none where the source has no embedding, or none is wanted.
+        controls: One for each target layer and scale; none where the source has no embedding, or none is wanted.
     """
 
     source_layers: tuple[int | None, ...]
@@ -86,7 +86,7 @@ class Grid:
             "same" if same else tuple(targets),
             tuple(values),
             cells,
-            tuple(Cell(EMBEDDING, layer) for layer in targets) if controlled else (),
+            tuple(Cell(EMBEDDING, layer, a) for layer in targets for a in values) if controlled else (),
         )
 
 
@@ -174,7 +174,7 @@ def row_bytes(model: HookedModel, target: Placed, max_new_tokens: int, n_writes:
     cfg: Any = model.cfg
     size = model.W_U.element_size()
     n_pos = len(target.tokens)
-    n_own = n_pos - target.positions[0]
+    n_own = n_pos - target.start
     if not use_cache:
         n_pos = n_own = n_pos + max_new_tokens
     n_kv = getattr(cfg, "n_key_value_heads", None) or cfg.n_heads

@@ -319,7 +319,8 @@ def _result(run: _Run, reader: Reader, notes: tuple[str, ...], settings: dict[st
     controlled = None
     if grid.controls:
         rows = whole.at(slice(layout.n_main, layout.n_patched))
-        controlled = rows.arranged((len(grid.controls), n_items), (1, 0))
+        n_scales = len(grid.scales)
+        controlled = rows.arranged((len(grid.controls) // n_scales, n_scales, n_items), (2, 0, 1))
     logits = None if run.source is None else vectors.next_logits  # ids of another vocabulary would be read wrongly
     return PatchscopeResult(
         items=vectors.names,

@@ -93,7 +93,8 @@ def heatmap(
     a = every if by_scale else result.scale_number(scale)
     source, target = (0, every) if no_layer else (every, 0) if same else (every, every)
     patched = _part(result, result.patched.at(every, source, target, a), measure, answers)
-    again = None if result.reembedded is None else _part(result, result.reembedded, measure, answers)
+    again = None if result.reembedded is None else result.reembedded.at(every, every, a)
+    again = None if again is None else _part(result, again, measure, answers)
     parts = patched, again, _part(result, result.unpatched, measure, answers)
     if by_scale and i is not None:
         return _scales(result, parts, i, measure)

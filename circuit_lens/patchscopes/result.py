@@ -62,8 +62,9 @@ class PatchscopeResult:
         target_layers: Layers, or "same": each source layer into itself, an axis of length 1.
         scales: What the moved vectors are multiplied with.
         patched: What the runs say, over (item, source layer, target layer, scale).
-        reembedded: The control: the embedding of the source's token, moved to the same target layers, over (item,
-            target layer); with "same", target layers are the source layers. None: the source has no embedding.
+        reembedded: The control: the embedding of the source's token, moved to the same target layers at the same
+            scales, over (item, target layer, scale); with "same", target layers are the source layers. None: the source
+            has no embedding.
         unpatched: The control without any patch, over (item).
         source_top: The ids of the source's own most probable next tokens, by item; None: it was not run.
         targets: The target prompt of each item, its placeholder in brackets.
@@ -292,8 +293,9 @@ class PatchscopeResult:
             cells = tuple(self._named(kept[s], t, a) for s, t, a in chosen.cells)
             if self.reembedded is not None:
                 again = self._hits(self.reembedded, answers, how)
-                columns = [kept[s] if self.target_layers == "same" else t for s, t, _ in chosen.cells]
-                hits = np.where(chosen.fold, again[:, columns[1]], again[:, columns[0]])
+                same = self.target_layers == "same"
+                first, second = ((kept[s] if same else t, a) for s, t, a in chosen.cells)
+                hits = np.where(chosen.fold, again[:, *second], again[:, *first])
                 controlled = _rate(hits)
                 gain = Mean.of((chosen.right.astype(float) - hits.astype(float)).tolist())
         return Accuracy(
@@ -399,7 +401,10 @@ class PatchscopeResult:
         again = None
         if self.reembedded is not None:
             layers = self.source_layers if self.target_layers == "same" else self.target_layers
-            names = [{"item": item, "target_layer": layer} for item in self.items for layer in layers]
+            names = [
+                {"item": item, "target_layer": layer, "scale": scale}
+                for item in self.items for layer in layers for scale in self.scales
+            ]  # fmt: skip
             again = [name | line for name, line in zip(names, self._lines(self.reembedded), strict=True)]
         source = None if self.source_top is None else [self.wording.text([i]) for i in self.source_top.tolist()]
         return {

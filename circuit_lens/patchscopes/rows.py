@@ -98,6 +98,7 @@ class Rows:
         if not bool(torch.isfinite(mapped).all()):
             raise PatchscopeError(f"the map {self.mapping.name!r} from layer {source} to {layer} makes NaN or infinity")
         if self.write == "add_matched":
+            mapped = mapped.float() if mapped.dtype in (torch.float16, torch.bfloat16) else mapped
             mapped = mapped / mapped.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(mapped.dtype).tiny)
         scaled = mapped * cell.scale
         if not bool(torch.isfinite(scaled).all()):
@@ -123,8 +124,18 @@ class Rows:
 def written(
     write: Write, old: Float[Tensor, "n n_slots d_model"], value: Float[Tensor, "n n_given d_model"]
 ) -> Float[Tensor, "n n_slots d_model"]:
-    """Return the placeholders' new states; one vector given is written at all of several placeholders."""
-    value = value.to(old).expand_as(old)
+    """Return the placeholders' new states; one vector given is written at all of several placeholders.
+
+    Raises:
+        PatchscopeError: Vectors that are infinite in the target's dtype.
+    """
+    narrow = value.to(old)
+    if value.dtype != old.dtype and not bool(torch.isfinite(narrow).all()):
+        raise PatchscopeError(
+            f"vectors of up to {float(value.abs().max()):.3g} are infinite in the target's dtype {old.dtype}; give a "
+            "smaller scale, or a target model of a wider dtype"
+        )
+    value = narrow.expand_as(old)
     if write == "replace":
         return value
     return old + value if write == "add" else old + value * old.norm(dim=-1, keepdim=True)

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from circuit_lens.decoding import Decoded, decode, uncached, why_uncached
+from circuit_lens.decoding import Decoded, cache_failure, cache_limit, decode, uncached, why_uncached
 from circuit_lens.hooks import Hook, preserved_rng, quiet_norm_edits, scoped_hooks
 from circuit_lens.patchscopes.climb import Climb, can_climb, climbing_order
 from circuit_lens.patchscopes.definition import Said
@@ -21,11 +21,8 @@ from circuit_lens.patchscopes.targets import Placed
 from circuit_lens.protocols import HookedModel
 from circuit_lens.running import plain_tensors, require_finite
 
-CHECKED = 2
+CHECKED = 3
 """Rows of every call that are compared with a run without cache."""
-# Largest difference of cached and uncached logits, as a share of the largest |logit|.
-_LIMITS = {torch.float64: 1e-5, torch.float32: 1e-3}
-_LIMIT_HALF = 5e-2
 
 
 def say(
@@ -51,8 +48,8 @@ def say(
         target: The target prompt.
         rows: What is moved, few enough for the memory there is.
         max_new_tokens: Tokens to generate greedily.
-        check: Compare some rows with runs without cache; where they differ, all rows are run without, and ``note`` says
-            so.
+        check: Compare some rows with runs without cache; where they differ by more than `cache_limit`, all rows are run
+            without, and ``note`` says so.
         use_cache: Keep keys and values.
         read_layer: Keep the residual stream of the prompt's last position after this layer.
         uncached_rows: How many rows run at once without cache, where logits of all positions are made; None: all.
@@ -60,8 +57,13 @@ def say(
     note = why_uncached(model) if use_cache else ""
     if note or not use_cache:
         return replace(_without_cache(model, target, rows, max_new_tokens, read_layer, uncached_rows), note=note)
-    said, note = _at_once(model, target, rows, max_new_tokens, read_layer, use_cache=True, check=check)
-    if note:
+    try:
+        said, note = _at_once(model, target, rows, max_new_tokens, read_layer, use_cache=True, check=check)
+    except Exception as error:
+        said, note = None, cache_failure(error)
+        if not note:
+            raise
+    if said is None or note:
         return replace(_without_cache(model, target, rows, max_new_tokens, read_layer, uncached_rows), note=note)
     return said
 
@@ -100,7 +102,7 @@ def _at_once(
         max_new_tokens=max(1, n_new),
         use_cache=use_cache,
         scope=scope,
-        shared_prefix=target.positions[0],
+        shared_prefix=target.start,
         prompted=climb,
         check=False,
         keep_logits="first",
@@ -167,7 +169,7 @@ def _mismatch(model: HookedModel, target: Placed, rows: Rows, writes: Writes, fo
         wanted = uncached(model, tokens)[:, found.n_prompt - 1 :]
     require_finite("logits", wanted)
     scale = wanted.abs().amax().clamp_min(1e-30)
-    limit = _LIMITS.get(wanted.dtype, _LIMIT_HALF)
+    limit = cache_limit(wanted.dtype)
     gap = float((found.logits[chosen, 0] - wanted[:, 0]).abs().max() / scale)
     best, taken = wanted.amax(-1), wanted.gather(-1, found.new_tokens[chosen][..., None])[..., 0]
     open_ = torch.arange(wanted.shape[1], device=wanted.device) < found.lengths[chosen][:, None].to(wanted.device)
@@ -192,9 +194,9 @@ def _of_rows(writes: Writes, chosen: list[int]) -> Writes:
 
 
 def _spread(n: int, wanted: int) -> list[int]:
-    """Return some numbers below n, far from each other, the last among them.
+    """Return some numbers below n, far from each other, the first and the last among them.
 
-    >>> _spread(10, 2), _spread(1, 2)
-    ([4, 9], [0])
+    >>> _spread(10, 3), _spread(2, 3), _spread(1, 3)
+    ([0, 4, 9], [0, 1], [0])
     """
-    return sorted({(i + 1) * n // min(wanted, n) - 1 for i in range(min(wanted, n))})
+    return sorted({i * (n - 1) // max(1, wanted - 1) for i in range(wanted)})

@@ -25,13 +25,18 @@ class Placed:
 
     Attributes:
         tokens: Its ids.
-        positions: Of the placeholders, ascending.
+        positions: Of the placeholders, in the order in which they were given.
         strings: The text of each token.
     """
 
     tokens: Int[Tensor, "n_pos"]
     positions: tuple[int, ...]
     strings: tuple[str, ...]
+
+    @property
+    def start(self) -> int:
+        """The position from which on runs differ: that of the first placeholder."""
+        return min(self.positions)
 
     @property
     def text(self) -> str:
@@ -46,7 +51,8 @@ class Target:
     Attributes:
         prompt: Text, token ids, or the messages of a chat (``[{"role": "user", "content": "..."}]``), which the
             tokenizer's chat template turns into tokens, up to where the assistant answers.
-        at: The placeholder: a position or the text of exactly one token; several of them for as many placeholders.
+        at: The placeholder: a position or the text of exactly one token; several of them for as many placeholders, in
+            the order of the source's positions.
         which: Which occurrence of a text that occurs more than once, ``"all"`` for all of them.
         name: For tables.
     """
@@ -73,7 +79,7 @@ class Target:
                 f"at={self.at!r} names positions {positions}: give at least one, each once. The tokens are "
                 f"{list(strings)}"
             )
-        return Placed(tokens, tuple(sorted(positions)), strings)
+        return Placed(tokens, tuple(positions), strings)
 
     def _find(self, strings: Sequence[str], one: int | str) -> list[int]:
         if self.which == "all" and isinstance(one, str):

@@ -86,9 +86,13 @@ def _list(result: PatchscopeResult, free: list[int]) -> Said:
     if again is not None and (axis == 2 or (axis == 1 and result.target_layers == "same")):
         head.append("re-embedded")
         for n, row in enumerate(rows):
-            row.append(_said(result, again, (0, n)))
+            row.append(_said(result, again, (0, n, 0)))
+    elif again is not None and axis == 3:
+        head.append("re-embedded")
+        for n, row in enumerate(rows):
+            row.append(_said(result, again, (0, 0, n)))
     elif again is not None:
-        controls.append(["re-emb.", *_both(result, again, (0, 0), generated)])
+        controls.append(["re-emb.", *_both(result, again, (0, 0, 0), generated)])
     controls.append(["no patch", *_both(result, result.unpatched, (0,), generated)])
     listed = [(*row, *[""] * (len(head) + 1 - len(row))) for row in [*rows, *controls]]
     return Said((_axis_name(result, axis), *head), tuple(listed), len(controls))
@@ -105,7 +109,7 @@ def _grid(result: PatchscopeResult, free: list[int], width: int) -> Said:
         rows.append((name, *[_said(result, result.patched, at) for at in cells]))
     controls = 0
     if result.reembedded is not None and across == 2:
-        rows.append(("re-emb.", *[_said(result, result.reembedded, (0, m)) for m in shown]))
+        rows.append(("re-emb.", *[_said(result, result.reembedded, (0, m, 0)) for m in shown]))
         controls = 1
     notes = [f"no patch: {_said(result, result.unpatched, (0,))}"]
     notes += [f"{len(shown)} of {len(labels)} columns shown"] if len(shown) < len(labels) else []

@@ -15,7 +15,8 @@ from transformer_lens import HookedTransformer, HookedTransformerConfig
 
 import circuit_lens as cl
 from circuit_lens import decoding
-from circuit_lens.hooks import Hook, scoped_hooks
+from circuit_lens.errors import PatchscopeError
+from circuit_lens.hooks import Hook, carries_hooks, scoped_hooks
 from circuit_lens.patchscopes import Fitted, Identity, Map, PatchscopeResult, fit_map
 from circuit_lens.patchscopes.definition import Said, say_one_by_one
 from circuit_lens.patchscopes.patchscope import OTHER_BASIS
@@ -170,23 +171,146 @@ def test_parts_of_one_row_and_runs_without_cache_say_the_same(name: Architecture
 
 
 @pytest.mark.parametrize("through", THROUGH)
-def test_a_layer_is_run_by_the_rows_that_are_written_below_it_and_the_plain_prompt(through: Through) -> None:
-    model, n_pos, at = builders.build("gpt2", "hooked"), N_POS, 5
+def test_a_layer_is_run_by_the_rows_that_are_written_below_it_and_the_plain_prompt(
+    through: Through, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, at = builders.build("gpt2", "hooked"), 5
     vectors = cl.Vectors.from_prompts(model, sources()[0])
-    seen: dict[int, list[tuple[int, int]]] = {layer: [] for layer in range(model.cfg.n_layers)}
-    for layer in seen:  # hooks of the user's stay where they are, and see what is run
-        model.add_hook(f"blocks.{layer}.hook_mlp_out", lambda x, hook, layer=layer: seen[layer].append(x.shape[:2]))
+    seen: dict[int, list[tuple[int, ...]]] = {layer: [] for layer in range(model.cfg.n_layers)}
+
+    def watched(layer: int, forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        def run(x: Tensor) -> Tensor:
+            seen[layer].append(tuple(x.shape[:2]))
+            return forward(x)
+
+        return run
+
+    for layer in seen:
+        monkeypatch.setattr(model.blocks[layer].mlp, "forward", watched(layer, model.blocks[layer].mlp.forward))
     settings: dict[str, Any] = {"target_layers": "all", "patch_through": through, "controls": False, "check": False}
-    found = cl.patchscope(model, vectors, cl.Target(cases.tokens(n_pos, seed=5), at=at), read_layer=1, **settings)
-    layers = [found.target_of(s, t) for s, t in itertools.product(*map(range, found.shape[1:3]))]
+
+    def run() -> list[int]:
+        found = cl.patchscope(model, vectors, cl.Target(cases.tokens(N_POS, seed=5), at=at), read_layer=1, **settings)
+        assert found.patched.state is not None
+        return [found.target_of(s, t) for s, t in itertools.product(*map(range, found.shape[1:3]))]
+
+    layers = run()
+    rows = len(layers) + 1  # and the unpatched prompt
+    whole = sorted([(1, at), (rows, N_POS - at - 1), (rows, 1)])
     for layer, batches in seen.items():
         below = sum(target < layer for target in layers)
-        rows = len(layers) + 1  # and the unpatched prompt
-        if through == "layer":
-            assert sorted(batches) == sorted([(1, at), (1, n_pos - at), *[(below, n_pos - at)] * (below > 0)])
-        else:
-            assert sorted(batches) == sorted([(1, at), (rows, n_pos - at - 1), (rows, 1)])
-    assert found.patched.state is not None
+        climbed = sorted([(1, at), (1, N_POS - at), *[(below, N_POS - at)] * (below > 0)])
+        assert sorted(batches) == (climbed if through == "layer" else whole)
+        batches.clear()
+    model.add_hook("blocks.1.hook_mlp_out", lambda x, hook: None, is_permanent=True)  # it may carry something on
+    run()
+    assert all(sorted(batches) == whole for batches in seen.values())
+
+
+def test_what_a_hook_carries_from_layer_to_layer_is_carried() -> None:
+    model, kept = builders.build("gpt2", "hooked"), {}
+
+    def settings(model: Any) -> PatchscopeResult:
+        vectors = cl.Vectors.from_prompts(model, sources()[0])
+        return cl.patchscope(
+            model, vectors, cl.Target(cases.tokens(N_POS, seed=5), at=5), source_layers=[1], target_layers=[-1, 1, 2],
+            keep_logits=True, controls=False, max_new_tokens=3,
+        )  # fmt: skip
+
+    bare = settings(model)
+    model.add_hook("blocks.0.hook_mlp_out", lambda v, hook: kept.__setitem__("x", v), is_permanent=True)
+    model.add_hook("blocks.2.hook_mlp_out", lambda v, hook: v + kept["x"], is_permanent=True)
+    vectors, target = cl.Vectors.from_prompts(model, sources()[0]), cl.Target(cases.tokens(N_POS, seed=5), at=5)
+    found = settings(model)
+    assert found.notes == ()
+    assert_defined(model, found, vectors, [target], 1e-10, 3, n_new=3, write="replace", through="layer")
+    assert gap(found.logits, bare.logits) > 1e-3
+
+
+def test_a_grid_under_an_attached_cross_layer_transcoder_is_the_definition() -> None:
+    rm = cl.zoo.load("capitals", "clt", dtype=torch.float64)
+    target = cl.presets.entity_description("words")
+    with rm.attached():
+        vectors = cl.Vectors.from_prompts(rm.model, cl.At("Maria read about Dallas"))
+        settings: dict[str, Any] = {"target_layers": [-1, 1, 2], "keep_logits": True, "max_new_tokens": 2}
+        found = cl.patchscope(rm.model, vectors, target, **settings)
+        assert found.notes == ()
+        assert_defined(rm.model, found, vectors, [target], 1e-10, 4, n_new=2, write="replace", through="layer")
+        assert carries_hooks(rm.model)
+    assert not carries_hooks(rm.model)
+
+
+@pytest.mark.parametrize("kind", builders.KINDS)
+def test_a_hook_that_fails_with_a_cache_is_run_without_and_says_so(kind: Kind) -> None:
+    model = builders.build("gpt2", kind)
+
+    def edit(value: Tensor, hook: Any) -> Tensor:
+        value = value.clone()
+        value[:, 7] = 0.0  # a place that one position at a time does not have
+        return value
+
+    model.hook_dict["blocks.0.hook_resid_post"].add_hook(edit, is_permanent=True)
+    vectors, target = cl.Vectors.from_prompts(model, sources()[2]), cl.Target(cases.tokens(N_POS, seed=5), at=5)
+    found = cl.patchscope(model, vectors, target, keep_logits=True, max_new_tokens=3)
+    assert len(found.notes) == 1
+    assert "IndexError" in found.notes[0]
+    assert_defined(model, found, vectors, [target], 1e-10, 3, n_new=3, write="replace", through="layer")
+    with pytest.raises(IndexError):
+        cl.patchscope(model, vectors, cl.Target(cases.tokens(4), at=2))  # without a cache it fails too
+
+
+def test_positions_and_placeholders_go_together_in_the_order_that_is_given() -> None:
+    model, tokens = cases.model("llama"), cases.tokens(N_POS, seed=77)
+    source = cases.tokens(9, seed=3)
+
+    def say(pos: tuple[int, int], at: tuple[int, int]) -> Tensor:
+        return cl.patchscope(model, cl.At(source, pos=pos), cl.Target(tokens, at=at), source_layers=1).logits
+
+    straight = say((2, 6), (4, 8))
+    assert gap(say((6, 2), (8, 4)), straight) <= 1e-12
+    assert gap(say((2, 6), (8, 4)), straight) > 1e-3
+    assert gap(say((6, 2), (4, 8)), say((2, 6), (8, 4))) <= 1e-12
+
+
+def test_vectors_whose_norm_is_beyond_their_dtype_are_matched_and_those_beyond_the_targets_refused() -> None:
+    model, target = cases.model("gpt2"), cl.Target(cases.tokens(N_POS, seed=5), at=5)
+    signs = torch.randint(0, 2, (1, model.cfg.d_model), generator=torch.Generator().manual_seed(0)) * 2.0 - 1.0
+    large = 30000.0 * signs
+
+    def say(values: Tensor) -> PatchscopeResult:
+        return cl.patchscope(model, cl.Vectors.of(values), target, target_layers=[1], write="add_matched")
+
+    assert gap(say(large.half()).logits, say(large).logits) <= 1e-6
+    assert gap(say(large).logits, say(large).unpatched.logits[:, None, None, None]) > 1e-3
+    half = builders.build("gpt2", "hooked")
+    half.to(torch.float16, print_details=False)
+    with pytest.raises(PatchscopeError, match=r"infinite in the target's dtype torch.float16; give a smaller scale"):
+        cl.patchscope(half, cl.Vectors.of(1e6 * signs.float()), target, target_layers=[1])
+
+
+@pytest.mark.parametrize("write", WRITES)
+def test_the_reembedded_token_is_moved_at_the_scales_of_the_grid(write: Write) -> None:
+    model = cases.model("gpt2")
+    result = cl.patchscope(
+        model,
+        sources(),
+        targets("middle"),
+        target_layers=[-1, 1],
+        scales=(0.2, 1.0, 4.0),
+        write=write,
+        keep_logits=True,
+    )
+    assert result.reembedded is not None
+    assert gap(result.reembedded.logits, result.logits[:, 0]) <= 1e-12  # source layer -1 is that very control
+    assert gap(result.reembedded.logits[:, :, 0], result.reembedded.logits[:, :, 2]) > 1e-3
+    answers = result.top_tokens[:, 0, 1, 2, 0].tolist()  # of one cell, so that some cells are right and others wrong
+    against = cl.patchscope(
+        model, sources(), targets("middle"), source_layers=[-1], target_layers=[-1, 1], scales=(0.2, 4.0), write=write
+    ).accuracy(answers, embedding=True)
+    assert against.gain is not None
+    assert (against.gain.low, against.gain.high) == (0, 0)  # a vector against itself
+    assert against.best_fixed == against.reembedded
+    assert any(scale != 1.0 for _, _, scale in against.cells)
 
 
 def with_end(model: Any, token: int) -> None:

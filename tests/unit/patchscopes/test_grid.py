@@ -36,7 +36,7 @@ def test_the_axes_are_those_asked_for_in_their_order() -> None:
     same = Grid.of(vectors(), model, (2, 0), "same", (1.0, 2.0), True)
     assert same.shape == (2, 1, 2)
     assert same.cells == (Cell(2, 2, 1.0), Cell(2, 2, 2.0), Cell(0, 0, 1.0), Cell(0, 0, 2.0))
-    assert same.controls == (Cell(-1, 2), Cell(-1, 0))
+    assert same.controls == (Cell(-1, 2), Cell(-1, 2, 2.0), Cell(-1, 0), Cell(-1, 0, 2.0))
     last = Grid.of(vectors(), model, "last", "last", 1.0, False)
     assert (last.cells, last.controls) == ((Cell(2, 2),), ())
     free = Grid.of(cl.Vectors.of(torch.ones(2, 32)), model, "all", range(2), 1.0, True)
@@ -47,7 +47,7 @@ def test_the_axes_are_those_asked_for_in_their_order() -> None:
 def test_parts_hold_every_row_once_whatever_their_size(size: int) -> None:
     grid = Grid.of(vectors(), cases.model("gpt2"), (0, 1), (1, 2), (1.0, 3.0), True)
     layout = Layout(grid, 3, [0, 1, 0])
-    assert layout.n_rows == 3 * (8 + 2) + 2
+    assert layout.n_rows == 3 * (8 + 4) + 2
     seen: dict[int, tuple[int, int]] = {}
     for target in range(2):
         for part in layout.parts(target, size):

@@ -59,7 +59,7 @@ def test_cells_are_the_results_figures_of_the_chosen_scale(grid: PatchscopeResul
     assert np.allclose(mean.values[:5], figures[..., 1].mean(0))
     assert np.array_equal(one.values[:5], figures[2, ..., 1])
     assert grid.reembedded is not None
-    assert np.allclose(mean.values[5], grid.figures(measure, grid.reembedded, answers).mean(0))
+    assert np.allclose(mean.values[5], grid.figures(measure, grid.reembedded, answers)[..., 1].mean(0))
     assert mean.rows[:6] == (*LAYERS, "re-embedded")
     assert mean.columns == LAYERS
     if measure == "surprisal":  # of the source at what is said: the prompt without a patch has no source
@@ -75,11 +75,13 @@ def test_cells_are_the_results_figures_of_the_chosen_scale(grid: PatchscopeResul
 
 
 def test_the_reembedded_token_is_what_moving_the_embedding_says(grid: PatchscopeResult) -> None:
-    """The names are single tokens: source layer -1 at scale 1 is that very control."""
-    heat = grid.heatmap(item=0, scale=1.0)
-    assert np.allclose(heat.values[5], heat.values[0], atol=1e-5)
-    assert [spot.text for spot in heat.spots[5]] == [spot.text for spot in heat.spots[0]]
-    assert not np.allclose(heat.values[5], heat.values[1], atol=1e-5)
+    """The names are single tokens: source layer -1 is that very control, at every scale."""
+    for scale in grid.scales:
+        heat = grid.heatmap(item=0, scale=scale)
+        assert np.allclose(heat.values[5], heat.values[0], atol=1e-5)
+        assert [spot.text for spot in heat.spots[5]] == [spot.text for spot in heat.spots[0]]
+        assert not np.allclose(heat.values[5], heat.values[1], atol=1e-5)
+    assert not np.allclose(*[grid.heatmap(item=0, scale=scale).values[5] for scale in grid.scales], atol=1e-2)
 
 
 def test_with_same_layers_items_are_rows_and_their_mean_stands_apart(same: PatchscopeResult) -> None:

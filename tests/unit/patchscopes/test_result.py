@@ -161,11 +161,11 @@ def test_json_holds_cells_and_controls_and_no_nan(model: Any, grid: PatchscopeRe
     document = json.loads(json.dumps(grid.to_json(), allow_nan=False))
     assert document["cells"] == grid.records()
     assert document["source_top"] == [grid.wording.text([i]) for i in grid.source_top.tolist()]
-    assert len(document["reembedded"]) == 15
-    line = document["reembedded"][5 + 2]
+    assert len(document["reembedded"]) == 30
+    line = document["reembedded"][2 * (5 + 2) + 1]
     assert grid.reembedded is not None
-    assert (line["item"], line["target_layer"]) == ("Oakland", 1)
-    assert line["text"] == grid.wording.texts(grid.reembedded)[1, 2]
+    assert (line["item"], line["target_layer"], line["scale"]) == ("Oakland", 1, 2.0)
+    assert line["text"] == grid.wording.texts(grid.reembedded)[1, 2, 1]
     assert [one["item"] for one in document["unpatched"]] == NAMES
     assert document["unpatched"][0]["surprisal"] is None
     plain = cl.patchscope(model, cl.Vectors.of(model.W_E[10].detach()), "cat : x", progress=False).to_json()
@@ -193,7 +193,7 @@ def test_one_item_is_a_line_for_each_layer_with_its_controls(model: Any) -> None
     for n, name in enumerate(("emb", "0", "1", "2", "3")):
         row = next(line for line in lines_of(result) if line.startswith(f"  {name} "))
         assert result.texts[0, n, 0, 0].strip() in row
-        assert again[n].strip() in row
+        assert again[n, 0].strip() in row
     assert re.search(r"no patch +" + re.escape(result.wording.texts(result.unpatched)[0].strip()), text)
 
 

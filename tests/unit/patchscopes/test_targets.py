@@ -24,7 +24,7 @@ def test_the_placeholder_is_one_token_by_number_or_text() -> None:
     base = n - 6  # tokens put before the text
     for at, which, wanted in (
         ("?", None, (3,)), (-1, None, (5,)), ("the", "first", (0,)), ("the", "last", (5,)), ("the", 1, (5,)),
-        ("the", "all", (0, 5)), (("?", "a"), None, (1, 3)), ((-1, "?"), None, (3, 5)), ("?", "all", (3,)),
+        ("the", "all", (0, 5)), (("?", "a"), None, (3, 1)), ((-1, "?"), None, (5, 3)), ("?", "all", (3,)),
     ):  # fmt: skip
         placed = cl.Target(TEXT, at=at, which=which).place(model)
         assert placed.positions == tuple(i + base for i in wanted)
