@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-from collections.abc import Iterator, Sequence
+import operator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -79,11 +80,25 @@ def _text_to_tokens(model: HookedModel, prompt: str) -> Tensor:
         raise TokensError("the prompt is empty; give text or at least one token id")
     with torch.inference_mode(False):
         tokens = torch.as_tensor(model.to_tokens(prompt, truncate=False))[0].clone()  # type: ignore[attr-defined]
+    require_known(tokenizer, tokens, lambda: prompt)
+    return tokens
+
+
+def require_known(tokenizer: Any, tokens: Int[Tensor, "n_pos"], text: Callable[[], str]) -> None:
+    """Raise where a text became tokens by words that the tokenizer does not know.
+
+    Args:
+        tokenizer: The model's.
+        tokens: What it made of the text.
+        text: Gives the text, whose words the error names.
+
+    Raises:
+        TokensError: The tokens hold the one for unknown words.
+    """
     unknown = getattr(tokenizer, "unk_token_id", None)
     special = {getattr(tokenizer, f"{s}_token_id", None) for s in ("bos", "eos", "pad")}
     if unknown is not None and unknown not in special and (tokens == unknown).any():
-        raise TokensError(_unknown_words(tokenizer, prompt, unknown))
-    return tokens
+        raise TokensError(_unknown_words(tokenizer, text(), unknown))
 
 
 def _unknown_words(tokenizer: Any, prompt: str, unknown: int) -> str:
@@ -123,10 +138,14 @@ def single_token(model: HookedModel, token: int | str) -> int:
 
 def token_id(tokenizer: Any, d_vocab: int, token: int | str) -> int:
     """Return a token's id, given a model's tokenizer (None: none) and vocabulary; see :func:`single_token`."""
-    if isinstance(token, int):
-        if not 0 <= token < d_vocab:
-            raise TargetError(f"token id {token} is outside the vocabulary of {d_vocab} tokens")
-        return token
+    if not isinstance(token, str):
+        try:
+            number = operator.index(token)
+        except TypeError as error:
+            raise TargetError(f"{token!r:.80} is no token; give its text or its id") from error
+        if not 0 <= number < d_vocab:
+            raise TargetError(f"token id {number} is outside the vocabulary of {d_vocab} tokens")
+        return number
     if tokenizer is None:
         raise TargetError(f"the model has no tokenizer, so {token!r} cannot be used as a target; give a token id")
     ids = tokenizer.encode(token, add_special_tokens=False)

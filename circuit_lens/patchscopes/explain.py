@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any, Literal
 
 import torch
@@ -20,14 +21,16 @@ from circuit_lens.dictionaries.adapt import adapt
 from circuit_lens.errors import PatchscopeError, TokenNotFoundError, TokensError
 from circuit_lens.patchscopes import presets
 from circuit_lens.patchscopes.explanation import Explanation
+from circuit_lens.patchscopes.given import numbers, whole
 from circuit_lens.patchscopes.grid import Grid, Layers
 from circuit_lens.patchscopes.maps import Map
-from circuit_lens.patchscopes.patchscope import MEMORY, patchscope
+from circuit_lens.patchscopes.patchscope import patchscope
 from circuit_lens.patchscopes.rows import Through
-from circuit_lens.patchscopes.sources import EMBEDDING, Vectors, residual_hook
+from circuit_lens.patchscopes.sources import Vectors
+from circuit_lens.patchscopes.streams import EMBEDDING, MEMORY, residual_streams
 from circuit_lens.patchscopes.targets import Placed, Preset, Target
 from circuit_lens.protocols import HookedModel
-from circuit_lens.running import Prompt, run_and_capture
+from circuit_lens.running import Prompt, require_known
 
 SCALES = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
 """Lengths that are tried, in units of the mean residual norm at the target layer: doubled from a quarter to eight."""
@@ -179,12 +182,12 @@ def explain_vectors(
         TokensError, TokenNotFoundError: A target in words that the tokenizer does not know, or without placeholder.
     """
     hooked = hooked_model(model)
-    tried = tuple(SCALES if scales is None else map(float, scales))
+    tried = SCALES if scales is None else tuple(numbers(scales, "scales"))
     _require(vectors, tried, alpha, n_random)
     asked = default_target(hooked) if target is None else target if isinstance(target, Target) else Target(target)
     placed = asked.place(hooked)
     n_layers = hooked.cfg.n_layers
-    late = 8 * n_layers // 9 if read_layer is None else read_layer
+    late = 8 * n_layers // 9 if read_layer is None else whole(read_layer, "read_layer")
     layers = range(EMBEDDING, n_layers // 2) if target_layers is None else target_layers
     units = units_of(hooked, placed, unit)
     rows = vectors.values[:, 0, 0].to(hooked.W_U)
@@ -241,6 +244,7 @@ def _chat(model: HookedModel, tokenizer: Any) -> Preset:
     """Return the question as a chat, with the beginning of the answer."""
     asked = Target([{"role": "user", "content": QUESTION}], at="X", which="all").place(model).tokens.tolist()
     begun = tokenizer(ANSWER, add_special_tokens=False)["input_ids"]
+    require_known(tokenizer, torch.tensor(begun), lambda: ANSWER)
     return Preset(
         [*asked, *begun], at="X", which="all", name="self-explanation (chat)", max_new_tokens=20,
         provenance="after Kharlapenko et al. 2024, Self-explaining SAE features",
@@ -269,8 +273,8 @@ def units_of(model: HookedModel, placed: Placed, unit: Unit | None = None) -> di
             f"the target {placed.text!r} has no token but the first and its placeholders, so the mean residual norm "
             "cannot be measured on it; give unit="
         )
-    _, streams = run_and_capture(model, placed.tokens, [residual_hook(layer) for layer in known])
-    return {layer: float(streams[residual_hook(layer)][0, own].float().norm(dim=-1).mean()) for layer in known}
+    streams = residual_streams(model, placed.tokens, known)
+    return {layer: float(streams[layer][own].float().norm(dim=-1).mean()) for layer in known}
 
 
 def random_directions(n: int, d_model: int, seed: int) -> Float[Tensor, "n d_model"]:
@@ -309,9 +313,9 @@ def _require(vectors: Vectors, scales: tuple[float, ...], alpha: float, n_random
         )
     if not scales or not all(0 < scale < math.inf for scale in scales):
         raise PatchscopeError(f"scales={scales!r} is not valid; give at least one number, all above 0")
-    if not 0 <= alpha <= 1:
+    if not isinstance(alpha, Real) or not 0 <= float(alpha) <= 1:
         raise PatchscopeError(f"alpha={alpha!r} is not valid; give a weight from 0 to 1")
-    if n_random < 0:
+    if whole(n_random, "n_random") < 0:
         raise PatchscopeError(f"n_random={n_random!r} is not valid; give 0 or more")
 
 

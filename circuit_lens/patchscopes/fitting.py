@@ -11,15 +11,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 from circuit_lens.errors import PatchscopeError
-from circuit_lens.hooks import Hook
+from circuit_lens.patchscopes.given import require_model, whole
 from circuit_lens.patchscopes.maps import Fitted, Pair, layer_pairs
-from circuit_lens.patchscopes.sources import EMBEDDING, residual_hook
+from circuit_lens.patchscopes.streams import EMBEDDING, residual_streams
 from circuit_lens.protocols import HookedModel
-from circuit_lens.running import Prompt, forward, plain_tensors, require_finite, to_tokens
+from circuit_lens.running import Prompt, plain_tensors, to_tokens
 
 Kind = Literal["affine", "linear", "orthogonal"]
 HELD_OUT = 10
-"""Every tenth token is held out of the fit and tells what it explains."""
+"""Every tenth token is held out of the fit and tells what it explains; it takes two to have a variance."""
 
 
 def fit_map(
@@ -37,7 +37,8 @@ def fit_map(
     ``pairs="last"`` on one model is the affine shortcut to the last layer (a tuned lens fitted by least squares;
     Ghandeharioun et al. 2024, §3; Din et al. 2023); a ``target_model`` gives the maps of cross-model patching (§4.4
     there). Solved in float64 from streamed second moments; where the tokens do not span a direction, the solution of
-    least norm is taken. Every tenth token is held out, and what the map explains of it is in ``explained``.
+    least norm is taken. Every tenth token is held out, and what the map explains of them is in ``explained``. Every
+    token is attended, also one that the tokenizer calls padding, as in sources and targets.
 
     Args:
         model: The source model.
@@ -50,15 +51,17 @@ def fit_map(
         progress: Show a bar; None: in a terminal.
 
     Raises:
-        PatchscopeError: Too few tokens, a layer that is not there, models of different vocabularies, or widths that a
-            rotation cannot map.
+        PatchscopeError: Fewer than twenty tokens, a layer that is not there, models of different vocabularies, widths
+            that a rotation cannot map, or something that is no model or list of texts.
         TokensError: A text that is no prompt.
         ConsistencyError: States that are NaN or infinite.
     """
     target = model if target_model is None else target_model
+    require_model(model)
+    require_model(target, "target_model")
     _require(model, target, kind, skip)
-    if isinstance(texts, str):
-        raise PatchscopeError("texts is one text; give a list of them")
+    if isinstance(texts, str) or not isinstance(texts, Iterable):
+        raise PatchscopeError(f"texts={texts!r:.80} is one text, or none; give a list of them")
     found = layer_pairs(pairs, range(EMBEDDING, model.cfg.n_layers), range(EMBEDDING, target.cfg.n_layers))
     fit, held, counted = _Moments(found), _Moments(found), 0
     bar = tqdm(texts, desc="fitting", unit="text", disable=None if progress is None else not progress, leave=False)
@@ -74,10 +77,10 @@ def fit_map(
             counted += len(out)
             fit.add(xs, ys, ~out)
             held.add(xs, ys, out)
-        if fit.n < 2 or held.n < 1:
+        if held.n < 2:
             raise PatchscopeError(
-                f"{counted} tokens are too few to fit a map and test it; give at least {HELD_OUT}, better some hundred "
-                f"times the width of {model.cfg.d_model}"
+                f"{counted} tokens are too few to fit a map and test it; give at least {2 * HELD_OUT}, better some "
+                f"hundred times the width of {model.cfg.d_model}"
             )
         solved = {pair: fit.solve(pair, kind) for pair in found}
         explained = {pair: held.explained(pair, *solved[pair]) for pair in found}
@@ -102,7 +105,7 @@ def same_vocabulary(a: HookedModel, b: HookedModel) -> bool:
 def _require(model: HookedModel, target: HookedModel, kind: str, skip: int) -> None:
     if kind not in ("affine", "linear", "orthogonal"):
         raise PatchscopeError(f"kind={kind!r} is not valid; give 'affine', 'linear' or 'orthogonal'")
-    if skip < 0:
+    if whole(skip, "skip") < 0:
         raise PatchscopeError(f"skip={skip} is not valid; give the number of positions to leave out, 0 or more")
     if not same_vocabulary(model, target):
         raise PatchscopeError(
@@ -119,18 +122,8 @@ def _streams(
     model: HookedModel, tokens: Int[Tensor, "n_pos"], layers: set[int], skip: int
 ) -> dict[int, Float[Tensor, "n d_model"]]:
     """Return the residual streams of a text after its first positions, in float64 on the CPU."""
-    kept: dict[int, Tensor] = {}
-
-    def keep(layer: int) -> Hook:
-        def edit(value: Tensor) -> None:
-            kept[layer] = value[0, skip:].detach().double().cpu()
-
-        return Hook(residual_hook(layer), edit)
-
-    forward(model, tokens, hooks=[keep(layer) for layer in sorted(layers)])
-    for layer, value in kept.items():
-        require_finite(f"the residual stream of layer {layer}", value)
-    return kept
+    found = residual_streams(model, tokens, layers)
+    return {layer: value[skip:].double().cpu() for layer, value in found.items()}
 
 
 class _Moments:

@@ -30,8 +30,9 @@ from circuit_lens.interventions.validation import require_same
 from circuit_lens.patchscopes import presets
 from circuit_lens.patchscopes.explain import Unit, random_directions, units_of
 from circuit_lens.patchscopes.node_labels import Candidate, Kind, NodeLabel, NodeLabels
-from circuit_lens.patchscopes.patchscope import MEMORY, patchscope
-from circuit_lens.patchscopes.sources import EMBEDDING, At, Vectors
+from circuit_lens.patchscopes.patchscope import patchscope
+from circuit_lens.patchscopes.sources import At, Vectors
+from circuit_lens.patchscopes.streams import EMBEDDING, MEMORY
 from circuit_lens.patchscopes.targets import Placed, Preset, Target
 from circuit_lens.protocols import HookedModel
 from circuit_lens.running import token_string
@@ -103,7 +104,7 @@ def label_nodes(
         raise PatchscopeError("target=[] names no target; give one or several, or None")
     recording = record(rm.binding, graph.tokens)
     found = _nodes(rm, graph, recording, nodes if nodes is not None or residuals else graph.top(N_NODES))
-    found += _residuals(model, graph, residuals)
+    found += _residuals(model, graph, residuals, memory)
     if not found:
         raise PatchscopeError("no nodes to label: give nodes=, residuals=, or a graph with features")
     reader = _Reader(model, n_random, seed, memory)
@@ -208,7 +209,7 @@ def _nodes(rm: Bound, graph: AttributionGraph, recording: Recording, given: Any)
 
 
 def _residuals(
-    model: HookedModel, graph: AttributionGraph, given: Sequence[tuple[int, int | str]] | Literal["all"]
+    model: HookedModel, graph: AttributionGraph, given: Sequence[tuple[int, int | str]] | Literal["all"], memory: float
 ) -> list[_Item]:
     """Return the residual streams that are asked for."""
     strings, known = graph.token_strings, range(EMBEDDING, model.cfg.n_layers)
@@ -218,15 +219,16 @@ def _residuals(
     wrong = [layer for layer, _ in pairs if layer not in known]
     if wrong:
         raise PatchscopeError(f"residuals of layer {wrong[0]} do not exist; layers are {known[0]} to {known[-1]}")
-    at = [(int(layer), find_position(strings, pos)) for layer, pos in pairs]
-    positions = sorted({pos for _, pos in at})
-    states = Vectors.from_prompts(model, [At(graph.tokens, pos=pos) for pos in positions])
+    placed = [(int(layer), find_position(strings, pos)) for layer, pos in pairs]
+    positions = sorted({pos for _, pos in placed})
+    at = [At(graph.tokens, pos=pos) for pos in positions]
+    states = Vectors.from_prompts(model, at, memory=memory, next_logits=False)
     return [
         _Item(
             f"L{layer} P{pos} residual", "residual", layer, pos, strings[pos].strip(),
             states.layer(layer)[positions.index(pos), 0].to(model.W_U),
         )
-        for layer, pos in at
+        for layer, pos in placed
     ]  # fmt: skip
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 import operator
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
 from typing import Any
@@ -120,12 +122,16 @@ class ScaleBias(Map):
 
     def _numbers(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors = {} if self.bias is None else {"bias": self.bias.detach().cpu()}
-        return tensors, {"kind": "scale_bias", "scale": self.scale}
+        return tensors, {"kind": "scale_bias", "scale": float(self.scale)}
 
 
 @dataclass(frozen=True, eq=False)
 class ModuleMap(Map):
-    """f(h) = module(h): a user's own module, the same for all layers."""
+    """f(h) = module(h): a user's own module, the same for all layers.
+
+    It is called as after ``module.eval()``, and its mode is as before afterwards: which vectors stand together in a
+    call is the memory's affair, so nothing may depend on it, as dropout and batch norms do when they train.
+    """
 
     module: nn.Module
 
@@ -134,13 +140,41 @@ class ModuleMap(Map):
     def __call__(
         self, h: Float[Tensor, "*batch d_in"], source_layer: int | None, target_layer: int
     ) -> Float[Tensor, "*batch d_out"]:
-        """Return what the module makes of the vectors, which it gets in its own dtype and on its own device."""
+        """Return what the module makes of the vectors, which it gets in its own dtype and on its own device.
+
+        Raises:
+            PatchscopeError: The module fails, such as one for vectors of another width.
+        """
         own = next((p for p in self.module.parameters() if p.is_floating_point()), h)
-        return self.module(h.to(own))
+        given = h.to(own)
+        with _evaluating(self.module):
+            try:
+                return self.module(given)
+            except torch.OutOfMemoryError:
+                raise
+            except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+                raise PatchscopeError(
+                    f"the map, a {type(self.module).__name__}, fails on vectors of shape {list(given.shape)} "
+                    f"({type(error).__name__}: {error}); give a module that maps [..., {given.shape[-1]}] to "
+                    "[..., width of the target]"
+                ) from error
 
     def _numbers(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors = {f"state.{name}": t.detach().cpu() for name, t in self.module.state_dict().items()}
         return tensors, {"kind": "module", "class": type(self.module).__name__}
+
+
+@contextlib.contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    """Leave training mode for a while; ``eval()`` itself is not called, since adapters rewrite weights in it."""
+    training = [part for part in module.modules() if part.training]
+    for part in training:
+        part.training = False
+    try:
+        yield
+    finally:
+        for part in training:
+            part.training = True
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,7 +184,8 @@ class Fitted(Map):
     Attributes:
         matrices: A of each (source layer, target layer), ``[d_in, d_out]``.
         biases: b of each, ``[d_out]``.
-        explained: Share of the target's variance that each explains on tokens that it was not fitted on.
+        explained: Share of the target's variance that each explains on tokens that it was not fitted on; NaN where the
+            target's states are the same at all of these.
         kind: "affine", "linear" or "orthogonal".
     """
 
@@ -247,10 +282,10 @@ def load_map(path: str | PathLike[str], *, module: nn.Module | None = None) -> M
     except (OSError, SafetensorError, ValueError, TypeError) as error:
         raise PatchscopeError(f"{path} is no file of a map: {error}") from error
     version = manifest.get("version")
-    if manifest.get("format") != FORMAT or not isinstance(version, int) or version > VERSION:
+    if manifest.get("format") != FORMAT or type(version) is not int or not 1 <= version <= VERSION:
         raise PatchscopeError(
             f"{path} has format {manifest.get('format')!r} version {version!r}; a map has {FORMAT!r} "
-            f"up to version {VERSION}"
+            f"in a version from 1 to {VERSION}"
         )
     try:
         return _made(str(path), manifest, tensors, module)
@@ -265,11 +300,12 @@ def _made(path: str, manifest: dict[str, Any], tensors: dict[str, Tensor], modul
         case "zero":
             return Zero()
         case "scale_bias":
-            return ScaleBias(manifest["scale"], tensors.get("bias"))
+            return ScaleBias(_number(path, "scale", manifest["scale"]), tensors.get("bias"))
         case "fitted":
             matrices = {_pair(name): t for name, t in tensors.items() if name.startswith("matrix.")}
             biases = {_pair(name): t for name, t in tensors.items() if name.startswith("bias.")}
-            explained = {_pair(f"x.{name}"): share for name, share in manifest["explained"].items()}
+            shares = manifest["explained"].items()
+            explained = {_pair(f"x.{name}"): _number(path, "explained", share, nan=True) for name, share in shares}
             return Fitted(matrices, biases, explained, manifest["fit"])
         case "module" if module is None:
             raise PatchscopeError(
@@ -285,6 +321,12 @@ def _made(path: str, manifest: dict[str, Any], tensors: dict[str, Tensor], modul
             return ModuleMap(module)
         case kind:
             raise PatchscopeError(f"{path} holds a map of kind {kind!r}, which this version does not know")
+
+
+def _number(path: str, name: str, value: Any, *, nan: bool = False) -> float:
+    if type(value) not in (int, float) or not (math.isfinite(value) or (nan and math.isnan(value))):
+        raise PatchscopeError(f"{path} is damaged: its {name} is {value!r:.80}, not a finite number")
+    return float(value)
 
 
 def _pair(name: str) -> Pair:

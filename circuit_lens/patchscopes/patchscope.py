@@ -2,32 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from numbers import Integral
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from circuit_lens.errors import PatchscopeError
 from circuit_lens.hooks import preserved_rng
 from circuit_lens.patchscopes.fitting import same_vocabulary
+from circuit_lens.patchscopes.given import require_memory, require_model, whole
 from circuit_lens.patchscopes.grid import Grid, Layers, Layout, Part, row_bytes
 from circuit_lens.patchscopes.maps import Identity, Map, as_map
-from circuit_lens.patchscopes.readout import Reader, Wording
+from circuit_lens.patchscopes.readout import Reader, SourceNext, Wording
 from circuit_lens.patchscopes.result import PatchscopeResult
 from circuit_lens.patchscopes.rows import THROUGH, WRITES, Rows, Through, Write
 from circuit_lens.patchscopes.run import say
 from circuit_lens.patchscopes.sources import At, Vectors
+from circuit_lens.patchscopes.streams import EMBEDDING, MEMORY, room
 from circuit_lens.patchscopes.targets import Placed, Preset, Target
 from circuit_lens.protocols import Cache, HookedModel
 from circuit_lens.running import Prompt, plain_tensors
 
 Source = At | Iterable[At] | Vectors | Prompt | Cache
-MEMORY = 1.0
-"""Gigabytes that the runs of a grid may take at once, beside the models."""
 OTHER_BASIS = (
     "another model reads without a map: its residual stream has another basis unless both have the same weights, "
     "processed alike; cl.patchscopes.fit_map(model, texts, target_model=...) fits one"
@@ -67,8 +67,9 @@ def patchscope(
         model: A HookedTransformer or TransformerBridge: the source's model.
         source: ``cl.At(prompt, pos)`` or several; an activation cache (its last position); `Vectors`, or a tensor
             ``[n_items, d_model]``; or a prompt (its last token).
-        target: ``cl.Target(prompt, at="x")``, or a prompt with the placeholder ``x``; one for all items, or a list with
-            one for each. A preset (`circuit_lens.presets`) brings target layers, map and number of new tokens with it.
+        target: ``cl.Target(prompt, at="x")``, or a prompt with the placeholder ``x``; one for all items (also as a list
+            of one), or a list with one for each. A preset (`circuit_lens.presets`) brings target layers, map and number
+            of new tokens with it.
         source_layers: Numbers; -1 is the embedding, l the output of block l. "all": every one that the source has.
         target_layers: Numbers, "all", "last", or "same": each source layer into itself. None: the preset's; else
             "same", or "all" for vectors of no layer.
@@ -86,7 +87,10 @@ def patchscope(
         use_cache: Keep keys and values; without, every new token runs the whole prompt again.
         check: For every target prompt, compare two rows with runs without cache; where they differ, all are run
             without, and a note says so.
-        memory: Gigabytes that runs may take at once, beside the models; the grid is run in parts that fit.
+        memory: Gigabytes that runs may take at once, the source's and the grid's, beside the models; they are run in
+            parts that fit. Beside it are kept: the source's states, what the source says next (n_items x d_vocab
+            numbers of its dtype, on the CPU; sources of ``Vectors.from_prompts(..., next_logits=False)`` have none),
+            and with ``keep_logits=True`` the grid's logits.
         progress: Show a bar; None: where it takes more than two seconds.
 
     Returns:
@@ -95,15 +99,18 @@ def patchscope(
 
     Raises:
         PatchscopeError: An empty grid, layers or scales that do not exist, a placeholder of several tokens, widths that
-            do not fit, a map that makes NaN.
+            do not fit, a map that makes NaN or raises, vectors that cannot be of ``model``, something that is no
+            model, source, target or number.
         TokensError, TokenNotFoundError: A prompt that is too long or empty, a placeholder that is missing or twice.
         HookError: A model without hook points of the residual stream.
         ConsistencyError: States or logits that are NaN or infinite.
     """
-    _require(write, patch_through, n_top, memory, max_new_tokens)
     reading = model if target_model is None else target_model
+    _require_models(model, reading)
+    _require(write, patch_through, n_top, memory, max_new_tokens, read_layer, reading.cfg.n_layers)
     with plain_tensors(), preserved_rng():  # a map may draw
-        vectors = as_vectors(model, source)
+        vectors = as_vectors(model, source, memory)
+        _require_own(vectors, model)
         targets = _targets(target, len(vectors))
         preset = _preset(targets)
         if target_layers is None:
@@ -116,16 +123,14 @@ def patchscope(
         placed, target_of = _placed(reading, targets, vectors)
         rows = Rows(vectors, (), _NONE, _NONE, chosen, write, patch_through, reading.cfg.d_model)
         grid, notes = _checked(rows, grid)
-        known, differ = _source_logprobs(vectors, model, reading)
+        known, differ = _source_next(vectors, model, reading)
         layout = Layout(grid, len(vectors), target_of)
         every = layout.n_rows * reading.cfg.d_vocab * reading.W_U.element_size()
         kept = every <= memory * 1e9 / 4 if keep_logits is None else keep_logits
         reader = Reader(layout.n_rows, n_top, kept)
         rows = replace(rows, cells=layout.cells)
-        if read_layer is not None:
-            Grid.of(vectors, reading, "all", read_layer, 1.0, controls=False)  # raises where there is no such layer
-        room = _room(reading, memory, every if kept else 0)
-        run = _Run(reading, rows, layout, placed, n_new, use_cache, check, room, read_layer, known)
+        space = room(reading, memory, every if kept else 0)
+        run = _Run(reading, rows, layout, placed, n_new, use_cache, check, space, read_layer, known)
         if reading is not model and isinstance(chosen, Identity):
             notes += (OTHER_BASIS,)
         notes += differ + run.read(reader, progress)
@@ -133,49 +138,73 @@ def patchscope(
     return _result(run, reader, notes, settings)
 
 
-def _room(model: HookedModel, memory: float, kept: int) -> float:
-    """Return the bytes that rows may take: a forward copies the unembedding, and kept logits stay."""
-    fixed = model.W_U.numel() * model.W_U.element_size() + kept
-    return max(memory * 1e9 - fixed, memory * 1e9 / 4)
-
-
 _NONE = torch.zeros(0, dtype=torch.long)
 
 
-def as_vectors(model: HookedModel, source: Source) -> Vectors:
+def as_vectors(model: HookedModel, source: Source, memory: float = MEMORY) -> Vectors:
     """Return the vectors of whatever a source is given as; see `patchscope`."""
+
+    def run(at: At | Sequence[At]) -> Vectors:
+        return Vectors.from_prompts(model, at, memory=memory)
+
     if isinstance(source, Vectors):
         return source
     if isinstance(source, Tensor):
-        return Vectors.of(source) if source.is_floating_point() else Vectors.from_prompts(model, At(source))
+        return Vectors.of(source) if source.is_floating_point() else run(At(source))
     if isinstance(source, At | str):
-        return Vectors.from_prompts(model, source if isinstance(source, At) else At(source))
+        return run(source if isinstance(source, At) else At(source))
     if isinstance(source, Cache):
         return Vectors.from_cache(source, model=model)
-    listed = list(source)
+    listed = list(source) if isinstance(source, Iterable) else []
     positions = [one for one in listed if isinstance(one, At)]
-    ids = [one for one in listed if isinstance(one, int)]
+    ids = [int(one) for one in listed if isinstance(one, Integral)]
     if listed and len(positions) == len(listed):
-        return Vectors.from_prompts(model, positions)
+        return run(positions)
     if listed and len(ids) == len(listed):
-        return Vectors.from_prompts(model, At(ids))
+        return run(At(ids))
     raise PatchscopeError(
         f"{source!r:.80} is no source; give cl.At(prompt, pos) or a list of them, a prompt, an activation cache, or "
         "cl.Vectors"
     )
 
 
-def _require(write: str, through: str, n_top: int, memory: float, max_new_tokens: int | None) -> None:
+def _require_models(model: Any, reading: Any) -> None:
+    require_model(model)
+    require_model(reading, "target_model")
+
+
+def _require_own(vectors: Vectors, model: HookedModel) -> None:
+    """Fail where vectors that were taken from layers, or what was said there, cannot be this model's."""
+    if vectors.layers is None:
+        return
+    d_model, n_layers, d_vocab = vectors.values.shape[-1], model.cfg.n_layers, int(model.W_U.shape[-1])
+    said = d_vocab if vectors.next_logits is None else vectors.next_logits.shape[-1]
+    if d_model != model.cfg.d_model or max(vectors.layers) >= n_layers or said != d_vocab:
+        raise PatchscopeError(
+            f"the vectors are of another model, not of `model`: they have width {d_model}, layers up to "
+            f"{max(vectors.layers)} and next tokens of {said}; the model has width {model.cfg.d_model}, layers up to "
+            f"{n_layers - 1} and {d_vocab} tokens. Give the model that they were taken from, and the one that reads as "
+            "target_model; vectors of no model are cl.Vectors.of(rows)"
+        )
+
+
+def _require(
+    write: str, through: str, n_top: Any, memory: Any, max_new_tokens: Any, read_layer: Any, n_layers: int
+) -> None:
     if write not in WRITES:
         raise PatchscopeError(f"write={write!r} is not valid; give one of {', '.join(map(repr, WRITES))}")
     if through not in THROUGH:
         raise PatchscopeError(f"patch_through={through!r} is not valid; give one of {', '.join(map(repr, THROUGH))}")
-    if n_top < 1:
+    if whole(n_top, "n_top") < 1:
         raise PatchscopeError(f"n_top={n_top} is not valid; give 1 or more")
-    if not memory > 0:
-        raise PatchscopeError(f"memory={memory} is not valid; give gigabytes above 0")
-    if max_new_tokens is not None and max_new_tokens < 0:
+    require_memory(memory)
+    if max_new_tokens is not None and whole(max_new_tokens, "max_new_tokens") < 0:
         raise PatchscopeError(f"max_new_tokens={max_new_tokens} is not valid; give 0 or more")
+    if read_layer is not None and whole(read_layer, "read_layer") not in range(EMBEDDING, n_layers):
+        raise PatchscopeError(
+            f"read_layer={read_layer} does not exist; the model has layers {EMBEDDING} (the embedding) to "
+            f"{n_layers - 1}"
+        )
 
 
 def _targets(target: Target | Prompt | Sequence[Target], n_items: int) -> list[Target]:
@@ -184,11 +213,16 @@ def _targets(target: Target | Prompt | Sequence[Target], n_items: int) -> list[T
         return [target]
     if isinstance(target, str | Tensor):
         return [Target(target)]
+    if isinstance(target, Mapping) or not isinstance(target, Iterable):
+        raise PatchscopeError(
+            f"target={target!r:.80} is no target; give cl.Target(prompt, at=placeholder), a prompt, or the messages of "
+            'a chat as a list: [{"role": "user", "content": "..."}]'
+        )
     listed = list(target)
     found = [one for one in listed if isinstance(one, Target)]
     if not found:
         return [Target(listed)]  # pyright: ignore[reportArgumentType]
-    if len(found) != n_items or len(found) != len(listed):
+    if len(found) not in (1, n_items) or len(found) != len(listed):
         raise PatchscopeError(f"{n_items} items need one cl.Target, or one each; given {len(found)} of {len(listed)}")
     return found
 
@@ -244,7 +278,7 @@ class _Run:
 
     def __init__(
         self, reading: HookedModel, rows: Rows, layout: Layout, placed: Sequence[Placed], n_new: int,
-        use_cache: bool, check: bool, room: float, read_layer: int | None, source: Tensor | None,
+        use_cache: bool, check: bool, room: float, read_layer: int | None, source: SourceNext | None,
     ) -> None:  # fmt: skip
         self.reading, self.rows, self.layout, self.placed = reading, rows, layout, placed
         self.n_new, self.use_cache, self.check, self.room = n_new, use_cache, check, room
@@ -283,18 +317,15 @@ class _Run:
         return said.note
 
 
-def _source_logprobs(
+def _source_next(
     vectors: Vectors, model: HookedModel, reading: HookedModel
-) -> tuple[Float[Tensor, "n_items d_vocab"] | None, tuple[str, ...]]:
-    """Return what the source says next, over the reading model's vocabulary, and a note if that cannot be compared."""
-    logits = vectors.next_logits
-    if logits is None:
+) -> tuple[SourceNext | None, tuple[str, ...]]:
+    """Return what the source says next, and a note if that cannot be compared with what the reading model says."""
+    if vectors.next_logits is None:
         return None, ()
     if not same_vocabulary(model, reading):
         return None, ("the models' vocabularies differ, so next tokens are not compared",)
-    logprobs = (logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits).log_softmax(-1)
-    missing = int(reading.W_U.shape[-1]) - logprobs.shape[-1]  # one table of tokens can be padded to several widths
-    return torch.nn.functional.pad(logprobs, (0, missing), value=-torch.inf), ()
+    return SourceNext.of(vectors.next_logits, int(reading.W_U.shape[-1])), ()
 
 
 def _settings(model: HookedModel, reading: HookedModel, targets: Sequence[Target], run: _Run) -> dict[str, Any]:
@@ -321,7 +352,6 @@ def _result(run: _Run, reader: Reader, notes: tuple[str, ...], settings: dict[st
         rows = whole.at(slice(layout.n_main, layout.n_patched))
         n_scales = len(grid.scales)
         controlled = rows.arranged((len(grid.controls) // n_scales, n_scales, n_items), (2, 0, 1))
-    logits = None if run.source is None else vectors.next_logits  # ids of another vocabulary would be read wrongly
     return PatchscopeResult(
         items=vectors.names,
         source_layers=grid.source_layers,
@@ -330,7 +360,7 @@ def _result(run: _Run, reader: Reader, notes: tuple[str, ...], settings: dict[st
         patched=main,
         reembedded=controlled,
         unpatched=whole.at(layout.n_patched + layout.target_of),
-        source_top=None if logits is None else logits.argmax(-1).cpu(),
+        source_top=None if run.source is None else run.source.best.cpu(),
         targets=tuple(run.placed[i].text for i in layout.target_of.tolist()),
         wording=Wording(getattr(run.reading, "tokenizer", None), int(run.reading.W_U.shape[-1])),
         settings=settings,

@@ -68,6 +68,46 @@ class Readout:
         return Readout(**parts)
 
 
+_AT_ONCE = 2**22
+"""Numbers of the source's logits that are made wider at once."""
+
+
+@dataclass(frozen=True, eq=False)
+class SourceNext:
+    """What sources say next, as a reading model's tokens; their logits are not copied.
+
+    Attributes:
+        logits: As they are kept, in any floating dtype.
+        best: Of each item, the most probable of the tokens that the reading model has too.
+        total: log Σ exp of each item's logits.
+    """
+
+    logits: Float[Tensor, "n_items d_source"]
+    best: Int[Tensor, "n_items"]
+    total: Float[Tensor, "n_items"]
+
+    @classmethod
+    def of(cls, logits: Float[Tensor, "n_items d_source"], d_vocab: int) -> SourceNext:
+        """Return what these logits say to a model of ``d_vocab`` tokens, of which as many are the same.
+
+        Models of one tokenizer can pad their tables of tokens to different widths.
+        """
+        parts = logits.split(max(1, _AT_ONCE // logits.shape[-1]))
+        best = torch.cat([part[:, :d_vocab].argmax(-1) for part in parts])
+        return cls(logits, best, torch.cat([_wide(part).logsumexp(-1) for part in parts]))
+
+    def logprobs(self, item: Int[Tensor, "n"], token: Int[Tensor, "n"]) -> Float[Tensor, "n"]:
+        """Return the log-probabilities of tokens, one for each item; of one that the source's table has not, -inf."""
+        item, token = item.to(self.logits.device), token.to(self.logits.device)
+        known = token < self.logits.shape[-1]
+        found = _wide(self.logits[item, token.where(known, 0)]) - self.total[item]
+        return found.masked_fill(~known, -torch.inf)
+
+
+def _wide(logits: Tensor) -> Tensor:
+    return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+
+
 class Reader:
     """Collects what flat rows say, a part at a time.
 
@@ -85,7 +125,7 @@ class Reader:
         self,
         at: Int[Tensor, "n"],
         said: Said,
-        source: Float[Tensor, "n_items d_vocab"] | None,
+        source: SourceNext | None,
         item: Int[Tensor, "n"],
     ) -> None:
         """Keep what rows say.
@@ -93,21 +133,19 @@ class Reader:
         Args:
             at: Their numbers.
             said: What they say.
-            source: Log-probabilities of the source's next token, for each item.
+            source: What the items' sources say next; None: that cannot be compared.
             item: Whose each row is; -1: nobody's.
         """
-        logits = said.logits.float() if said.logits.dtype in (torch.float16, torch.bfloat16) else said.logits
-        logprobs = logits.log_softmax(-1)
+        logprobs = _wide(said.logits).log_softmax(-1)
         top = logprobs.topk(min(self.n_top, logprobs.shape[-1]), dim=-1)
         entropy = -(logprobs.exp() * logprobs.clamp_min(torch.finfo(logprobs.dtype).min)).sum(-1)
         surprisal = source_nll = torch.full_like(entropy, torch.nan)
         if source is not None:
-            nobody = (item < 0).to(source.device)
-            item = item.to(source.device)
-            said_first = source[item, top.indices[:, 0].to(source.device)]
-            surprisal = -said_first.masked_fill(nobody, torch.nan).to(entropy)
-            best = source.argmax(-1)[item].to(logprobs.device)
-            source_nll = -logprobs.gather(1, best[:, None])[:, 0].masked_fill(nobody.to(logprobs.device), torch.nan)
+            nobody = (item < 0).to(logprobs.device)
+            said_first = source.logprobs(item, top.indices[:, 0]).to(entropy)
+            surprisal = -said_first.masked_fill(nobody, torch.nan)
+            best = source.best[item.to(source.best.device)].to(logprobs.device)
+            source_nll = -logprobs.gather(1, best[:, None])[:, 0].masked_fill(nobody, torch.nan)
         part = Readout(
             top_tokens=top.indices,
             top_logprobs=top.values,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,23 +17,13 @@ from circuit_lens.graph.nodes import Feature
 from circuit_lens.graph.positions import Which, find_position
 from circuit_lens.graph.supernodes import Supernode
 from circuit_lens.hooks import Hook
+from circuit_lens.patchscopes.given import places, require_model, several
+from circuit_lens.patchscopes.streams import EMBEDDING, MEMORY, prompt_bytes, residual_hook, room, run_prompts
 from circuit_lens.protocols import Cache, Dictionary, HookedModel
-from circuit_lens.running import Prompt, forward_batch, plain_tensors, require_finite, to_tokens, token_strings
+from circuit_lens.running import Prompt, plain_tensors, require_finite, to_tokens, token_strings
 
-EMBEDDING = -1
-"""The layer of the residual stream before the first block; layer l is the output of block l."""
 BATCH = 64
-_LOGITS = 2**26
-"""Prompts run together while their logits are no more numbers than this."""
-
-
-def residual_hook(layer: int) -> str:
-    """Return the hook point of the residual stream after a layer.
-
-    >>> residual_hook(-1), residual_hook(3)
-    ('blocks.0.hook_resid_pre', 'blocks.3.hook_resid_post')
-    """
-    return "blocks.0.hook_resid_pre" if layer == EMBEDDING else f"blocks.{layer}.hook_resid_post"
+"""Prompts that run together, at most."""
 
 
 @dataclass(frozen=True)
@@ -58,11 +49,11 @@ class At:
         Raises:
             TokensError: No prompt.
             TokenNotFoundError: A position that is not there, or a string that names several.
-            PatchscopeError: No position at all.
+            PatchscopeError: No position at all, or one that is neither a whole number nor a text.
         """
         tokens = to_tokens(model, self.prompt)
         strings = token_strings(model, tokens)
-        given = [self.pos] if isinstance(self.pos, int | str) else list(self.pos)
+        given = places(self.pos, "pos")
         if not given:
             raise PatchscopeError("At(prompt, pos=()) names no position; give one, such as -1 for the last")
         positions = tuple(find_position(strings, one, which=self.which) for one in given)
@@ -112,9 +103,7 @@ class Vectors:
         Raises:
             PatchscopeError: None, or one that is not there.
         """
-        every = range(len(self))
-        given = [items] if isinstance(items, int) else items
-        chosen = list(every[given]) if isinstance(given, slice) else [int(i) for i in given]
+        chosen = list(range(len(self))[items]) if isinstance(items, slice) else several(items, "items")
         if not chosen or not all(-len(self) <= i < len(self) for i in chosen):
             raise PatchscopeError(f"{items} names none of the {len(self)} items, or one that is not there")
         return replace(
@@ -126,7 +115,11 @@ class Vectors:
         )
 
     def __sub__(self, other: Vectors) -> Vectors:
-        """Return the differences of two prompts' states, item by item (one item is taken from all)."""
+        """Return the differences of two prompts' states, item by item (one item is taken from all).
+
+        Raises:
+            PatchscopeError: Other layers, positions or width, or as many items as neither one nor all.
+        """
         if not isinstance(other, Vectors):
             return NotImplemented
         shapes = self.values.shape[2:], other.values.shape[2:]
@@ -149,8 +142,10 @@ class Vectors:
         if self.layers is None:
             return self.values[:, 0]
         if layer not in self.layers:
+            hook = "" if layer is None else f" (in a cache: {residual_hook(layer)})"
             raise PatchscopeError(
-                f"the source has no vectors of layer {layer}; it has {_ranges(self.layers)} (-1 is the embedding)"
+                f"the source has no vectors of layer {layer}; it has {_ranges(self.layers)} (-1 is the embedding). "
+                f"Keep that layer too{hook}: patch_through='below' reads all from the embedding up"
             )
         return self.values[:, self.layers.index(layer)]
 
@@ -159,38 +154,53 @@ class Vectors:
         return replace(self, values=self.layer(layer)[:, None], layers=None)
 
     @classmethod
-    def from_prompts(cls, model: HookedModel, at: At | Iterable[At], *, layers: Sequence[int] | None = None) -> Vectors:
+    def from_prompts(
+        cls,
+        model: HookedModel,
+        at: At | Iterable[At],
+        *,
+        layers: Sequence[int] | None = None,
+        memory: float = MEMORY,
+        next_logits: bool = True,
+    ) -> Vectors:
         """Run source prompts once and return their residual streams.
 
-        Prompts of one length run as one batch. Every hook of the user on the model runs before the states are read.
+        Prompts of one length run as one batch. Every hook of the user on the model runs before the states are read, and
+        every token is attended, also one that the tokenizer calls padding.
 
         Args:
             model: The source model.
             at: One position or several; each is an item.
-            layers: Which layers; None: all, the embedding (-1) among them.
+            layers: Which layers, each once; None: all, the embedding (-1) among them.
+            memory: Gigabytes that a batch may take, beside the model and what is returned; a single prompt is run
+                whatever it takes.
+            next_logits: Also keep what the model says at each position: n_items x d_vocab numbers of its dtype, on the
+                CPU. Without them nothing is compared with the source.
 
         Raises:
-            TokensError, TokenNotFoundError, PatchscopeError: A prompt, position or layer that is not there.
+            TokensError, TokenNotFoundError, PatchscopeError: A prompt, position or layer that is not there; something
+                else than a model, positions and layers.
             HookError: A model without these hook points.
             ConsistencyError: States that are NaN or infinite.
         """
-        listed = [at] if isinstance(at, At) else list(at)
-        if not listed:
-            raise PatchscopeError("no source positions were given; give cl.At(prompt, pos)")
-        known = range(EMBEDDING, model.cfg.n_layers)
-        chosen = tuple(known if layers is None else layers)
-        for layer in chosen:
-            if layer not in known:
-                raise PatchscopeError(f"source layer {layer} does not exist; the model has {_ranges(known)}")
+        require_model(model)
+        listed = _positions(at)
+        chosen = _chosen(layers, range(EMBEDDING, model.cfg.n_layers))
+        space = room(model, memory)
         with plain_tensors():
             found = [one.resolve(model) for one in listed]
             widths = {len(positions) for _, positions, _ in found}
             if len(widths) > 1:
                 raise PatchscopeError(f"items have {sorted(widths)} positions each; give all of them the same number")
-            batches = _batches(found, model.cfg.d_vocab)
-            parts = [cls._rows(model, batch, found, chosen) for batch in batches]
-            back = torch.tensor([i for batch in batches for i in batch]).argsort()
-            values, logits = (torch.cat([part[k] for part in parts])[back] for k in (0, 1))
+            values = logits = None
+            for batch in _batches(found, lambda n_pos: int(space // prompt_bytes(model, n_pos))):
+                states, said = cls._rows(model, batch, found, chosen)
+                values = states.new_empty(len(listed), *states.shape[1:]) if values is None else values
+                values[batch] = states
+                if next_logits:
+                    logits = said.cpu().new_empty(len(listed), said.shape[-1]) if logits is None else logits
+                    logits[batch] = said.cpu()
+            assert values is not None, "there is a prompt"
         require_finite("the source's states", values)
         tokens = torch.stack([tokens[positions[-1]] for tokens, positions, _ in found])
         return cls(values, chosen, tuple(name for *_, name in found), logits, tokens)
@@ -214,11 +224,10 @@ class Vectors:
 
             return Hook(residual_hook(layer), edit)
 
-        logits = forward_batch(model, tokens, hooks=[keep(layer) for layer in layers])
-        at = slots[:, -1].to(logits.device)
+        logits = run_prompts(model, tokens, [keep(layer) for layer in layers])
         device = logits.device
         values = torch.stack([kept[layer].to(device) for layer in layers], dim=1)
-        return values, logits[rows[:, 0].to(device), at].clone()
+        return values, logits[rows[:, 0].to(device), slots[:, -1].to(device)]
 
     @classmethod
     def from_cache(
@@ -244,9 +253,7 @@ class Vectors:
         """
         held = set(cache.keys())
         layers = [EMBEDDING] if residual_hook(EMBEDDING) in held else []
-        layers += sorted(
-            int(name.split(".")[1]) for name in held if name.startswith("blocks.") and name.endswith(".hook_resid_post")
-        )
+        layers += sorted(int(found[1]) for name in held if (found := _RESID_POST.fullmatch(str(name))))
         if not layers:
             raise CacheError(
                 f"the cache holds no residual stream among its {len(held)} entries; run_with_cache with "
@@ -258,7 +265,7 @@ class Vectors:
         if len(shapes) > 1:
             raise CacheError(f"the cache's residual streams have several shapes: {sorted(shapes)}")
         n_pos = streams[0].shape[0]
-        given = [pos] if isinstance(pos, int) else list(pos)
+        given = several(pos, "pos")
         for one in given:
             if not -n_pos <= one < n_pos:
                 raise PatchscopeError(f"position {one} does not exist: the cache has {n_pos} positions")
@@ -309,7 +316,7 @@ class Vectors:
             PatchscopeError: No such feature or layer, a row of norm 0 that cannot be scaled, or a dictionary that does
                 not write to the residual stream's basis (``hook_z``).
         """
-        ids = [index] if isinstance(index, int) else list(index)
+        ids = several(index, "index")
         _require_stream(dictionary)
         if not ids or not all(0 <= i < dictionary.d_sae for i in ids):
             raise PatchscopeError(f"features {ids} of {dictionary.site}: valid are 0 to {dictionary.d_sae - 1}")
@@ -336,12 +343,39 @@ class Vectors:
         return cls.of(_unit(total, [supernode.name]) if unit else total, [supernode.name])
 
 
-def _batches(found: Sequence[tuple[Tensor, tuple[int, ...], str]], d_vocab: int) -> list[list[int]]:
-    """Return the numbers of prompts of one length, at most `BATCH` together, fewer where their logits are large."""
+_RESID_POST = re.compile(r"blocks\.(\d+)\.hook_resid_post")
+
+
+def _positions(at: Any) -> list[At]:
+    try:
+        listed = [at] if isinstance(at, At) else list(at)
+    except TypeError as error:
+        raise PatchscopeError(f"at={at!r:.80} is no position; give cl.At(prompt, pos), or a list of them") from error
+    if not listed:
+        raise PatchscopeError("no source positions were given; give cl.At(prompt, pos)")
+    for one in listed:
+        if not isinstance(one, At):
+            raise PatchscopeError(f"{one!r:.80} is no position; give cl.At(prompt, pos), or a list of them")
+    return listed
+
+
+def _chosen(layers: Any, known: range) -> tuple[int, ...]:
+    """Return the source layers that are asked for."""
+    chosen = tuple(known if layers is None else several(layers, "layers"))
+    if not chosen or len(set(chosen)) != len(chosen):
+        raise PatchscopeError(f"source layers {list(chosen)}: give at least one, and each once")
+    for layer in chosen:
+        if layer not in known:
+            raise PatchscopeError(f"source layer {layer} does not exist; the model has {_ranges(known)}")
+    return chosen
+
+
+def _batches(found: Sequence[tuple[Tensor, tuple[int, ...], str]], fits: Callable[[int], int]) -> list[list[int]]:
+    """Return the numbers of prompts of one length, at most `BATCH` together, or as many as fit of that length."""
     lengths: dict[int, list[int]] = {}
     for i, (tokens, *_) in enumerate(found):
         lengths.setdefault(len(tokens), []).append(i)
-    sizes = {n_pos: min(BATCH, max(1, _LOGITS // (n_pos * d_vocab))) for n_pos in lengths}
+    sizes = {n_pos: min(BATCH, max(1, fits(n_pos))) for n_pos in lengths}
     return [group[i : i + sizes[n]] for n, group in lengths.items() for i in range(0, len(group), sizes[n])]
 
 

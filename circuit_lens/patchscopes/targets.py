@@ -12,9 +12,10 @@ from torch import Tensor
 
 from circuit_lens.errors import PatchscopeError, TokensError
 from circuit_lens.graph.positions import find_position, join_tokens
+from circuit_lens.patchscopes.given import places
 from circuit_lens.patchscopes.maps import Map
 from circuit_lens.protocols import HookedModel
-from circuit_lens.running import Prompt, to_tokens, token_strings
+from circuit_lens.running import Prompt, require_known, to_tokens, token_strings
 
 Messages = Sequence[Mapping[str, str]]
 
@@ -66,14 +67,15 @@ class Target:
         """Return the tokens and the placeholders' positions.
 
         Raises:
-            TokensError: No prompt, or a chat for a tokenizer without chat template.
+            TokensError: No prompt, words that the tokenizer does not know, messages that are none, or a chat for a
+                tokenizer without chat template.
             TokenNotFoundError: A placeholder that is not there, or there more than once without ``which``.
-            PatchscopeError: A placeholder of several tokens, or the same one twice.
+            PatchscopeError: A placeholder of several tokens, the same one twice, or one that is neither a whole number
+                nor a text.
         """
         tokens = _tokens(model, self.prompt)
         strings = token_strings(model, tokens)
-        given = [self.at] if isinstance(self.at, int | str) else list(self.at)
-        positions = [i for one in given for i in self._find(strings, one)]
+        positions = [i for one in places(self.at, "at") for i in self._find(strings, one)]
         if not positions or len(set(positions)) != len(positions):
             raise PatchscopeError(
                 f"at={self.at!r} names positions {positions}: give at least one, each once. The tokens are "
@@ -125,10 +127,28 @@ def _same(token: str, text: str) -> bool:
 
 
 def _tokens(model: HookedModel, prompt: Prompt | Messages) -> Int[Tensor, "n_pos"]:
+    if isinstance(prompt, Mapping):
+        raise TokensError(f"a chat is a list of messages; give [{dict(prompt)!r:.80}]")
     if isinstance(prompt, str | Tensor) or not prompt or not isinstance(prompt[0], Mapping):
         return to_tokens(model, prompt)  # pyright: ignore[reportArgumentType]
+    messages: list[Any] = list(prompt)
     tokenizer: Any = getattr(model, "tokenizer", None)
     if getattr(tokenizer, "chat_template", None) is None:
         raise TokensError("the model's tokenizer has no chat template; give the target prompt as text or token ids")
-    ids = tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True, tokenize=True)
-    return to_tokens(model, torch.as_tensor(ids["input_ids"] if isinstance(ids, Mapping) else ids))
+    ids = _templated(tokenizer, messages, tokenize=True)
+    tokens = to_tokens(model, torch.as_tensor(ids["input_ids"] if isinstance(ids, Mapping) else ids))
+    require_known(tokenizer, tokens, lambda: _templated(tokenizer, messages, tokenize=False))
+    return tokens
+
+
+def _templated(tokenizer: Any, messages: list[Any], *, tokenize: bool) -> Any:
+    """Return a chat as ids or text, up to where the assistant answers."""
+    for message in messages:
+        if not isinstance(message, Mapping) or "role" not in message:
+            raise TokensError(f"{message!r:.80} is no message of a chat; give {{'role': 'user', 'content': ...}}")
+    try:
+        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=tokenize)
+    except Exception as error:  # of the template, which is code
+        raise TokensError(
+            f"the tokenizer's chat template does not take these messages ({error}); give what it is written for"
+        ) from error

@@ -15,7 +15,7 @@ from circuit_lens.patchscopes import Map, Zero
 from circuit_lens.patchscopes.definition import Said
 from circuit_lens.patchscopes.grid import Grid, Layout, row_bytes
 from circuit_lens.patchscopes.patchscope import _require
-from circuit_lens.patchscopes.readout import Reader, Wording
+from circuit_lens.patchscopes.readout import Reader, SourceNext, Wording
 from circuit_lens.patchscopes.rows import Cell
 from tests import builders
 from tests.invariants import cases
@@ -77,10 +77,10 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"target_layers": ()}, PatchscopeError, "at least one"),
     ({"target_layers": (1, 1)}, PatchscopeError, "each once"),
     ({"target_layers": "middle"}, PatchscopeError, "'middle' is not valid"),
-    ({"scales": ()}, PatchscopeError, "at least one number"),
-    ({"scales": float("nan")}, PatchscopeError, "at least one number"),
+    ({"scales": ()}, PatchscopeError, "at least one finite number"),
+    ({"scales": float("nan")}, PatchscopeError, "at least one finite number"),
     ({"scales": 1e308}, PatchscopeError, "scale 1e\\+308 makes vectors infinite"),
-    ({"read_layer": 7}, PatchscopeError, "target layer 7 does not exist"),
+    ({"read_layer": 7}, PatchscopeError, "read_layer=7 does not exist"),
     ({"memory": 0.0}, PatchscopeError, "memory=0.0"),
     ({"memory": float("nan")}, PatchscopeError, "memory=nan"),
     ({"max_new_tokens": -1}, PatchscopeError, "max_new_tokens=-1"),
@@ -106,7 +106,8 @@ def test_bad_input_is_refused_and_leaves_nothing_on_the_model(
 
 
 def test_words_that_mean_nothing_are_refused() -> None:
-    good: dict[str, Any] = {"write": "add", "through": "layer", "n_top": 1, "memory": 1.0, "max_new_tokens": None}
+    good: dict[str, Any] = {"write": "add", "through": "layer", "n_top": 1, "memory": 1.0, "max_new_tokens": None,
+                            "read_layer": None, "n_layers": 3}  # fmt: skip
     _require(**good)
     for name, words in (("write", "'replace', 'add', 'add_matched'"), ("through", "'layer', 'below'")):
         with pytest.raises(PatchscopeError, match=words):
@@ -144,10 +145,10 @@ def test_readers_figures_are_those_of_the_distributions_and_nobodys_rows_have_no
     logits = torch.randn(4, 9, generator=rng, dtype=torch.float64)
     source = torch.randn(2, 9, generator=rng, dtype=torch.float64).log_softmax(-1)
     source[:, 0] = -torch.inf  # a token that the source excludes
-    reader = Reader(4, 3, keep_logits=False)
+    reader, known = Reader(4, 3, keep_logits=False), SourceNext.of(source, 9)
     said = Said(logits, torch.zeros(4, 0, dtype=torch.long), torch.zeros(4, dtype=torch.long))
     item = torch.tensor([1, 0, -1, 1])
-    reader.add(torch.tensor([2, 0, 1, 3]), said, source, item)
+    reader.add(torch.tensor([2, 0, 1, 3]), said, known, item)
     found = reader.done()
     for row, at in enumerate((2, 0, 1, 3)):
         p = logits[row].softmax(-1)
@@ -156,7 +157,7 @@ def test_readers_figures_are_those_of_the_distributions_and_nobodys_rows_have_no
         if item[row] < 0:
             assert bool(found.surprisal[at].isnan() & found.source_nll[at].isnan())
             continue
-        own = source[item[row]]
+        own = source[item[row]].log_softmax(-1)
         torch.testing.assert_close(found.surprisal[at], -own[p.argmax()])
         torch.testing.assert_close(found.source_nll[at], -p.log()[own.argmax()])
 
@@ -183,9 +184,18 @@ def test_next_tokens_of_other_vocabularies_are_not_compared_and_paddings_of_one_
     assert found.source_top is not None
     source = cl.Vectors.from_prompts(model, cl.At([5, 9]))
     assert source.next_logits is not None
-    fewer = cl.Vectors(source.values, source.layers, source.names, source.next_logits[:, :60], source.tokens)
-    padded = cl.patchscope(model, fewer, TARGET, target_model=other)
-    assert not bool(padded.patched.surprisal.isnan().any())
+    wide = builders.build("llama")  # one tokenizer, a wider table
+    with torch.no_grad():
+        wide.unembed.W_U = torch.nn.Parameter(torch.cat([wide.W_U, wide.W_U[:, 9:12] * 3], 1))
+        wide.unembed.b_U = torch.nn.Parameter(torch.cat([wide.unembed.b_U, wide.unembed.b_U[9:12] + 99]))
+    padded = cl.patchscope(model, source, TARGET, target_model=wide)
+    assert bool((padded.patched.top_tokens[..., 0] >= 64).all())
+    assert bool((padded.patched.surprisal == torch.inf).all())  # the source cannot say these
+    assert bool(padded.patched.source_nll.isfinite().all())
+    back = cl.patchscope(wide, cl.At([5, 9]), TARGET, target_model=model)
+    assert back.source_top is not None
+    assert bool((back.source_top < 64).all())
+    assert bool(back.patched.source_nll.isfinite().all())
     other.tokenizer = None
     other.cfg.d_vocab += 1
     different = cl.patchscope(model, cl.At([5, 9]), TARGET, target_model=other)

@@ -66,9 +66,9 @@ def test_items_of_many_lengths_keep_their_order_and_are_those_of_single_runs(mon
 
 def test_prompts_with_large_logits_run_in_smaller_batches() -> None:
     found = [(torch.zeros(100), (0,), "")] * 5 + [(torch.zeros(2), (0,), "")]
-    assert sources._batches(found, 50) == [[0, 1, 2, 3, 4], [5]]
-    assert sources._batches(found, 256_000) == [[0, 1], [2, 3], [4], [5]]
-    assert sources._batches(found, 2**30) == [[0], [1], [2], [3], [4], [5]]
+    assert sources._batches(found, lambda n_pos: 1000 // n_pos) == [[0, 1, 2, 3, 4], [5]]
+    assert sources._batches(found, lambda n_pos: 299 // n_pos) == [[0, 1], [2, 3], [4], [5]]
+    assert sources._batches(found, lambda n_pos: 0) == [[0], [1], [2], [3], [4], [5]]
 
 
 def test_layers_and_positions_must_be_there_and_states_finite() -> None:

@@ -78,8 +78,9 @@ def test_targets_are_one_for_all_or_one_for_each() -> None:
     one, other = cl.Target([5, 6], at=0), cl.Target([7, 8], at=1)
     assert _targets(one, 3) == [one]
     assert _targets([one, other], 2) == [one, other]
+    assert _targets([one], 2) == [one]
     assert _targets("the x", 3)[0].prompt == "the x"
-    bad: list[tuple[Any, int]] = [([one, other], 3), ([one, "the x"], 2), ([one], 2)]
+    bad: list[tuple[Any, int]] = [([one, other], 3), ([one, "the x"], 2), ([one, one], 1)]
     for given, n in bad:
         with pytest.raises(PatchscopeError, match="need one"):
             inspect.unwrap(_targets)(given, n)  # the checks of annotations look at one element of a list, by chance
