@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -12,6 +11,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from circuit_lens.errors import PatchscopeError
+from circuit_lens.patchscopes.given import numbers, several
 from circuit_lens.patchscopes.rows import Cell
 from circuit_lens.patchscopes.sources import EMBEDDING, Vectors
 from circuit_lens.patchscopes.targets import Placed
@@ -75,9 +75,9 @@ class Grid:
                     f"target layer {layer} does not exist; the model has layers {known[0]} (the embedding) to "
                     f"{known[-1]}"
                 )
-        values = [float(scale) for scale in ([scales] if isinstance(scales, int | float) else scales)]
+        values = numbers(scales, "scales")
         if not values or not all(abs(value) < float("inf") for value in values):
-            raise PatchscopeError(f"scales={scales!r} is not valid; give at least one number")
+            raise PatchscopeError(f"scales={scales!r:.80} is not valid; give at least one finite number")
         pairs = [(s, s) for s in sources] if same else [(s, t) for s in sources for t in targets]
         cells = tuple(Cell(s, t, a) for s, t in pairs for a in values if t is not None)
         controlled = controls and vectors.layers is not None and EMBEDDING in vectors.layers
@@ -90,7 +90,7 @@ class Grid:
         )
 
 
-def _source_layers(vectors: Vectors, wanted: Layers) -> list[int | None]:
+def _source_layers(vectors: Vectors, wanted: Any) -> list[int | None]:
     if vectors.layers is None:
         if not (isinstance(wanted, str) and wanted == "all"):
             raise PatchscopeError(f"the vectors belong to no layer, so source_layers={wanted!r} cannot be chosen")
@@ -102,7 +102,7 @@ def _source_layers(vectors: Vectors, wanted: Layers) -> list[int | None]:
     return found
 
 
-def _layers(wanted: Layers, known: Sequence[int]) -> list[int]:
+def _layers(wanted: Any, known: Sequence[int]) -> list[int]:
     match wanted:
         case "all":
             return list(known)
@@ -110,13 +110,8 @@ def _layers(wanted: Layers, known: Sequence[int]) -> list[int]:
             return [max(known)]
         case str():
             raise PatchscopeError(f"layers {wanted!r} is not valid; give numbers, 'all', 'last', or (as target) 'same'")
-        case int():
-            return [wanted]
         case _:
-            try:
-                found = [operator.index(layer) for layer in wanted]
-            except TypeError as error:
-                raise PatchscopeError(f"layers {wanted!r:.80} is not valid; give whole numbers") from error
+            found = several(wanted, "layers")
             if not found or len(set(found)) != len(found):
                 raise PatchscopeError(f"layers {found}: give at least one, and each once")
             return found

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -43,8 +43,8 @@ def says(text: str, answer: Answer, how: How = "contains") -> bool:
     >>> says("the city of  Austin .", "austin"), says("Texas", "Tex"), says("a Welsh singer", "Welsh singer", "starts")
     (True, False, False)
     """
-    listed = [answer] if isinstance(answer, str) else list(answer)
-    words = [_plain(one) for one in listed]
+    listed = [answer] if isinstance(answer, str) else list(answer) if isinstance(answer, Iterable) else []
+    words = [_plain(one) if isinstance(one, str) else "" for one in listed]
     if how not in ("contains", "starts") or not words or not all(words):
         raise PatchscopeError(f"answer={answer!r:.80}, how={how!r}: give words, and 'contains' or 'starts'")
     text = _plain(text)

@@ -164,7 +164,7 @@ class NodeLabels:
                 lines.append(about | {"size": one.size, "rank": rank} | figures)
         return lines
 
-    _HEAD = ("node", "label", "prob.", "margin", "p", "own p", "at the end", "drop", "nats", "p", "graph's label")
+    _HEAD = ("node", "label", "prob.", "margin", "p", "own p", "at the end", "drop", "nats", "drop p", "graph's label")
 
     def _table(self) -> list[tuple[str, ...]]:
         rows = []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
@@ -14,8 +14,9 @@ from numpy import ndarray
 from torch import Tensor
 
 from circuit_lens.errors import PatchscopeError, nearest
-from circuit_lens.graph.rates import Mean, Rate, finite
+from circuit_lens.graph.rates import Mean, Rate
 from circuit_lens.patchscopes.axes import Measure
+from circuit_lens.patchscopes.given import whole
 from circuit_lens.patchscopes.metrics import Accuracy, Answer, How, best_fixed, says
 from circuit_lens.patchscopes.readout import Readout, Wording
 
@@ -137,7 +138,9 @@ class PatchscopeResult:
         Raises:
             PatchscopeError: No such item, or a name that several have.
         """
-        return _one("item", item, self.items) if isinstance(item, str) else _number("item", item, len(self.items))
+        if isinstance(item, str):
+            return _one("item", item, self.items)
+        return _number("item", whole(item, "item"), len(self.items))
 
     def scale_number(self, scale: float | None) -> int:
         """Return the number of a scale; the only one can be left out.
@@ -269,6 +272,9 @@ class PatchscopeResult:
         Args:
             answers: One for each item, or several of which any counts. Matched as whole words, see `metrics.says`.
             how: "contains": anywhere in the text; "starts": at its beginning.
+
+        Raises:
+            PatchscopeError: Not one answer for each item, or one that is no text.
         """
         return self._hits(self.patched, answers, how)
 
@@ -282,6 +288,9 @@ class PatchscopeResult:
             how: See `right`.
             embedding: Count the source's embedding among the source layers; otherwise it is a control alone.
             seed: Of the halves of the items on which the fixed cell is chosen and scored.
+
+        Raises:
+            PatchscopeError: Not one answer for each item, or one that is no text.
         """
         kept = [n for n, layer in enumerate(self.source_layers) if embedding or layer != -1] or [0]
         layers = tuple(self.source_layers[n] for n in kept)
@@ -314,7 +323,7 @@ class PatchscopeResult:
         to = "same" if self.target_layers == "same" else self.target_layers[target]
         return self.source_layers[source], to, self.scales[scale]
 
-    def _hits(self, readout: Readout, answers: Sequence[Answer], how: How) -> ndarray:
+    def _hits(self, readout: Readout, answers: Any, how: How) -> ndarray:
         said = self.wording.texts(readout) if readout.new_tokens.shape[-1] else self.wording.tops(readout)[..., 0]
         found = np.zeros(readout.axes, dtype=bool)
         for i, answer in enumerate(self._listed(answers)):
@@ -326,10 +335,11 @@ class PatchscopeResult:
                 found[(i, *at)] = known[text]
         return found
 
-    def _listed(self, answers: Sequence[Any]) -> list[Any]:
-        if isinstance(answers, str) or len(answers) != len(self.items):
+    def _listed(self, answers: Any) -> list[Any]:
+        listed = list(answers) if isinstance(answers, Iterable) and not isinstance(answers, str) else []
+        if len(listed) != len(self.items):
             raise PatchscopeError(f"{len(self.items)} items need a list of as many answers; given {answers!r:.80}")
-        return list(answers)
+        return listed
 
     # --------------------------------------------------------------------------------------------------------- views
 
@@ -374,51 +384,15 @@ class PatchscopeResult:
 
     def records(self) -> list[dict[str, Any]]:
         """Return a line for each item, source layer, target layer and scale: names, text, tokens and figures."""
-        return [
-            {
-                "item": self.items[i],
-                "source_layer": self.source_layers[s],
-                "target_layer": self.target_of(s, t),
-                "scale": self.scales[a],
-                **line,
-            }
-            for (i, s, t, a), line in zip(np.ndindex(*self.shape), self._lines(self.patched), strict=True)
-        ]
+        from circuit_lens.patchscopes.records import records
 
-    def _lines(self, readout: Readout) -> Iterator[dict[str, Any]]:
-        """Yield what each run says, in the order of the axes."""
-        texts, tops = self.wording.texts(readout).flat, self.wording.tops(readout)[..., 0].flat
-        parts = (readout.top_logprobs[..., 0].exp(), readout.entropy, readout.surprisal, readout.source_nll)
-        figures = zip(*[part.flatten().tolist() for part in parts], strict=True)
-        for text, top, (share, entropy, surprisal, source_nll) in zip(texts, tops, figures, strict=True):
-            yield {
-                "text": text, "top_token": top, "probability": share, "entropy": finite(entropy),
-                "surprisal": finite(surprisal), "source_nll": finite(source_nll),
-            }  # fmt: skip
+        return records(self)
 
     def to_json(self) -> dict[str, Any]:
         """Return everything but logits and states as data that JSON can say: names, cells and controls."""
-        again = None
-        if self.reembedded is not None:
-            layers = self.source_layers if self.target_layers == "same" else self.target_layers
-            names = [
-                {"item": item, "target_layer": layer, "scale": scale}
-                for item in self.items for layer in layers for scale in self.scales
-            ]  # fmt: skip
-            again = [name | line for name, line in zip(names, self._lines(self.reembedded), strict=True)]
-        source = None if self.source_top is None else [self.wording.text([i]) for i in self.source_top.tolist()]
-        return {
-            "settings": self.settings,
-            "notes": list(self.notes),
-            "targets": list(self.targets),
-            "items": list(self.items),
-            "source_top": source,
-            "unpatched": [
-                {"item": item} | line for item, line in zip(self.items, self._lines(self.unpatched), strict=True)
-            ],
-            "reembedded": again,
-            "cells": self.records(),
-        }
+        from circuit_lens.patchscopes.records import as_json
+
+        return as_json(self)
 
     def __str__(self) -> str:
         from circuit_lens.patchscopes.text import as_text
