@@ -46,6 +46,7 @@ _EXPLANATION = {
 def logit_lens() -> Preset:
     """Read a state as if it were the last: it replaces the last layer's, and ``unembed(ln_final(h))`` is said.
 
+    A model that caps its logits (``cfg.output_logits_soft_cap`` c, Gemma 2) says ``c tanh(unembed(ln_final(h)) / c)``.
     What the target prompt is does not matter; it is one token (id 0). nostalgebraist 2020; as a patchscope in
     Ghandeharioun et al. 2024, §3, Table 1.
     """

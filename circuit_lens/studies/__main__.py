@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,7 +11,10 @@ if TYPE_CHECKING:
     from circuit_lens.studies.report import Part
     from circuit_lens.studies.tables import StudyTable
 
-_MODELS = "a bundled model, gemma-2-2b, or (patchscopes) any that TransformerLens knows; default: the bundled ones"
+_MODELS = (
+    "a bundled model, gemma-2-2b, or (patchscopes) any that TransformerLens knows, of several of which each reads "
+)
+_MODELS += "those given before it; default: the bundled ones"
 _REPORT = "write all tables to this file as Markdown, part by part; with --model, what it says of others stays; "
 _REPORT += "default: REPORT.md of this package, if all bundled models are run in full"
 
@@ -39,6 +43,12 @@ def main() -> None:
             if made is not None:
                 studies[name] = made
                 everything.setdefault(name, []).extend(made)
+        if part == "patchscopes":
+            for pair in itertools.combinations(names, 2):
+                made = _across(*pair, arguments.n)
+                if made is not None:
+                    studies[" to ".join(pair)] = made
+                    everything[" to ".join(pair)] = made
         if arguments.report is not None or whole:
             write_report(studies, arguments.report or REPORT, part=part, keep=arguments.model is not None)
     if arguments.json is not None:
@@ -70,6 +80,22 @@ def _tables(name: str, part: Part, n: int | None) -> list[StudyTable] | None:
         say(f"skipped: {reason}")
         return None
     say("\n\n".join(map(str, found)))
+    return found
+
+
+def _across(name: str, other: str, n: int | None) -> list[StudyTable] | None:
+    """Return the tables of one model read by another, both of the hub; None otherwise, or where it was skipped."""
+    from circuit_lens import zoo
+    from circuit_lens.studies import hub
+
+    if {name, other} & set(zoo.model_names()):
+        return None
+    try:
+        found = hub.across_tables(name, other, n=60 if n is None else n)
+    except hub.StudySkipped as reason:
+        print(f"skipped: {reason}", flush=True)
+        return None
+    print("\n\n".join(map(str, found)), flush=True)
     return found
 
 

@@ -1,7 +1,8 @@
 """The studies on models of the Hugging Face hub, by name.
 
 - :func:`gemma_tables`: circuits of Gemma-2-2b, with its published transcoders and supernodes published as an address.
-- :func:`patchscope_tables`: patchscopes of any model that TransformerLens knows, with the paper's prompts.
+- :func:`patchscope_tables`: patchscopes of any model that TransformerLens knows, with the paper's prompts;
+  :func:`across_tables`: one model's states read by another.
 
 Everything is fetched from the hub (Gemma is gated: it needs a token, and some 20 GB of memory). Where that cannot be
 had, :class:`StudySkipped` says what would have been fetched, and why it was not.
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING
 from circuit_lens.errors import CircuitLensError, InterventionError
 from circuit_lens.interop.neuronpedia_url import supernodes_from_url
 from circuit_lens.loading.failures import FetchError, fetching
+from circuit_lens.patchscopes.fitting import same_vocabulary
 from circuit_lens.patchscopes.presets import entity_description
 from circuit_lens.patchscopes.sources import EMBEDDING
 from circuit_lens.patchscopes.targets import Target
@@ -29,7 +31,7 @@ from circuit_lens.studies import (
     two_hop,
 )
 from circuit_lens.studies.lab import Lab
-from circuit_lens.studies.patch_items import Item, Relation, item, texts
+from circuit_lens.studies.patch_items import Item, Relation, fit_and_held_out, item, some
 from circuit_lens.studies.patch_items import relations as all_relations
 from circuit_lens.studies.places import Places
 from circuit_lens.studies.tables import Cell, Row, StudyTable
@@ -244,13 +246,16 @@ def patchscope_tables(
     attributes = patch_attributes.read_attributes(
         model, asked, n=n, max_new_tokens=20, how="contains", layers=layers, probe=n is None or n >= 20
     )
-    fit_on, held_out = (texts(corpus, 12_000, seed, write=_prose) for seed in (7001, 7002))
+    fit_on, held_out = fit_and_held_out(corpus, write=_prose)
     return [
         patch_entities.description_table(reading, name=name),
+        patch_entities.by_target_table(reading, name=name),
         patch_entities.by_layer_table(reading, name=name),
         patch_entities.said_table(model, corpus, target=target, write=_prose, layers=layers, name=name),
+        patch_entities.tokens_table(model, reading, name=name),
         patch_contexts.contexts_table(model, corpus, target=shown, write=_prose, layers=layers, n=n, name=name),
         patch_attributes.attributes_table(attributes, name=name),
+        patch_attributes.attribute_targets_table(attributes, name=name),
         patch_attributes.probe_table(attributes, name=name),
         patch_attributes.attribute_layers_table(attributes, name=name),
         patch_hops.hop_table(
@@ -262,6 +267,46 @@ def patchscope_tables(
             layers=layers, n=n, name=name,
         ),
     ]  # fmt: skip
+
+
+def across_tables(
+    model: HookedModel | str, other: HookedModel | str, corpus: Corpus | None = None, *, n: int | None = 60,
+    layers: Sequence[int] | None = None, other_layers: Sequence[int] | None = None, device: str | None = None,
+) -> list[StudyTable]:  # fmt: skip
+    """Read one model's states with another of the same vocabulary, with the paper's prompts and ordinary text.
+
+    Widths may differ: states go through affine maps that are fitted between all pairs of the layers. Models of one
+    width are compared by the identity and a rotation too.
+
+    Args:
+        model: Whose states are read, or its name in TransformerLens.
+        other: Which reads them, likewise.
+        corpus: The facts and texts.
+        n: Positions, and entities of each kind; None: 100 positions and all entities.
+        layers: Of the first model; None: the embedding and eight others.
+        other_layers: Of the second; None: likewise.
+        device: Where models are loaded to, see `load_by_name`.
+
+    Raises:
+        StudySkipped: See `load_by_name`; and models whose vocabularies differ.
+    """
+    names = tuple(one if isinstance(one, str) else str(getattr(one.cfg, "model_name", "")) for one in (model, other))
+    first, second = (load_by_name(one, device=device) if isinstance(one, str) else one for one in (model, other))
+    if not same_vocabulary(first, second):
+        raise StudySkipped(
+            f"the patchscope study of {names[0]} read by {names[1]}: their vocabularies differ, and maps are fitted on "
+            "the same tokens in both; give two models of one family"
+        )
+    corpus = corpus or Corpus()
+    fit_on, held_out = fit_and_held_out(corpus, write=_prose)
+    entities = prose_entities(corpus)
+    kinds = dict.fromkeys(one.group for one in entities)
+    described = [one for kind in kinds for one in some([item for item in entities if item.group == kind], n)]
+    return patch_lenses.cross_model_tables(
+        first, second, fit_on=fit_on, held_out=held_out, form="lines", n=n or 100, described=described,
+        description=entity_description("paper"), how="contains", names=(names[0], names[1]),
+        layers=(layers or depths(first.cfg.n_layers), other_layers or depths(second.cfg.n_layers)),
+    )  # fmt: skip
 
 
 def _prose(text: str) -> str:

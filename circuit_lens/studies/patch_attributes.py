@@ -17,14 +17,17 @@ from circuit_lens.patchscopes.sources import EMBEDDING, Vectors
 from circuit_lens.protocols import HookedModel
 from circuit_lens.studies.patch_items import Relation, relations, some
 from circuit_lens.studies.patch_tables import (
+    AGAIN,
     CHOICE,
     CONTROLS,
     RECOMPUTES,
+    Into,
     Reading,
     difference,
-    layer_name,
+    layer_title,
     read,
     sources,
+    titled,
 )
 from circuit_lens.studies.tables import Cell, Row, StudyTable
 from circuit_lens.zoo.corpus import Corpus
@@ -156,13 +159,13 @@ def attributes_table(read_all: Sequence[Attribute], *, name: str = "") -> StudyT
     """
     rows = [Row(one.relation.name, one.reading.cells(), one.reading.failures()) for one in read_all]
     every = [one.reading for one in read_all]
-    fixed = [one.chosen.right for one in every]
-    again = [_reembedded(one) for one in every]
-    total: dict[str, Cell] = {
-        "best fixed cell": Rate.of(np.concatenate(fixed).tolist()),
-        "which": "one for each relation",
-        "re-embedded": Rate.of(np.concatenate(again).tolist()),
-        "gain": difference(np.concatenate(fixed), np.concatenate(again)),
+    fixed = np.concatenate([one.chosen.right for one in every])
+    total: dict[str, Cell] = {"best fixed cell": Rate.of(fixed.tolist()), "which": "one for each relation"}
+    embedded = [one.embedded for one in every if one.embedded is not None]
+    if len(embedded) == len(every):
+        total["embedding patch"] = Rate.of(np.concatenate(embedded).tolist())
+        total["gain over it"] = difference(fixed, np.concatenate(embedded))
+    total |= {
         "unpatched": _sum([one.accuracy.unpatched for one in every]),
         "any target layer, mean over layers": float(
             np.mean(np.concatenate([one.right[:, one.inner].any(2).mean(1) for one in every]))
@@ -178,7 +181,31 @@ def attributes_table(read_all: Sequence[Attribute], *, name: str = "") -> StudyT
         CONTROLS,
         RECOMPUTES,
     )
-    return StudyTable(f"Attributes without examples{_on(name)}", tuple(rows), notes)
+    return StudyTable(titled("Attributes without examples", name), tuple(rows), notes)
+
+
+def attribute_targets_table(read_all: Sequence[Attribute], *, name: str = "") -> StudyTable:
+    """How many attributes are right by each target layer, beside the re-embedded token there.
+
+    Args:
+        read_all: See `read_attributes`.
+        name: Of the model, for the title.
+    """
+    every = {one.relation.name: one.reading.into() for one in read_all if len(one.relation.items) > 1}
+    rows = []
+    for same in zip(*every.values(), strict=True):
+        again = [one.again for one in same if one.again is not None]
+        whole = Into(
+            same[0].layer,
+            "one for each relation",
+            np.concatenate([one.right for one in same]),
+            np.concatenate(again) if len(again) == len(same) else None,
+        )
+        rows.append(Row(f"all relations: into {layer_title(whole.layer)}", whole.cells()))
+    for label, found in every.items():
+        gains = {f"gain into {layer_title(one.layer)}": one.cells().get("gain") for one in found}
+        rows.append(Row(label, {title: gain for title, gain in gains.items() if gain is not None}))
+    return StudyTable(titled("Attributes by target layer", name), tuple(rows), (AGAIN, RECOMPUTES))
 
 
 def probe_table(read_all: Sequence[Attribute], *, name: str = "") -> StudyTable:
@@ -216,7 +243,7 @@ def probe_table(read_all: Sequence[Attribute], *, name: str = "") -> StudyTable:
         "The probe learns the relation from a few items; the patchscope asks a model that was trained on all of them. "
         "What is better here says nothing of what a probe could read with more data.",
     )
-    return StudyTable(f"Attributes: patchscope and probe{_on(name)}", tuple(rows), notes)
+    return StudyTable(titled("Attributes: patchscope and probe", name), tuple(rows), notes)
 
 
 def attribute_layers_table(read_all: Sequence[Attribute], *, name: str = "") -> StudyTable:
@@ -243,13 +270,13 @@ def attribute_layers_table(read_all: Sequence[Attribute], *, name: str = "") -> 
             cells["best fixed target layer, items that can be probed"] = Rate.of(np.concatenate(on).tolist())
             cells["probe, the same items"] = Rate.of(np.concatenate(probe).tolist())
             cells["patchscope - probe"] = difference(np.concatenate(on), np.concatenate(probe))
-        rows.append(Row(layer_name(layer), cells))
+        rows.append(Row(layer_title(layer), cells))
     notes = (
         "The embedding row is the control: moved into the embedding, it is the last token of the name written in the "
         "prompt, which answers whatever the model knows about that token.",
         RECOMPUTES,
     )
-    return StudyTable(f"Attributes, layer by layer{_on(name)}", tuple(rows), notes)
+    return StudyTable(titled("Attributes, layer by layer", name), tuple(rows), notes)
 
 
 def _both(first: ndarray, second: ndarray) -> dict[str, Cell]:
@@ -257,17 +284,5 @@ def _both(first: ndarray, second: ndarray) -> dict[str, Cell]:
     return {"patchscope": Rate.of(first.tolist()), "probe": Rate.of(second.tolist()), "difference": gap}
 
 
-def _reembedded(reading: Reading) -> Bool[ndarray, "n_items"]:
-    """Whether each item is right with its token embedded at the target layer of its fixed cell."""
-    embedded = reading.result.source_layers.index(EMBEDDING)
-    chosen = reading.chosen
-    targets = [chosen.cells[int(half)][1] for half in chosen.fold]
-    return reading.right[np.arange(len(targets)), embedded, targets]
-
-
 def _sum(rates: Sequence[Rate]) -> Rate:
     return Rate(sum(rate.right for rate in rates), sum(rate.asked for rate in rates))
-
-
-def _on(name: str) -> str:
-    return f" ({name})" if name else ""

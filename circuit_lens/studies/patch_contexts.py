@@ -18,7 +18,7 @@ from circuit_lens.patchscopes.targets import Target
 from circuit_lens.protocols import HookedModel
 from circuit_lens.studies.patch_entities import LONG
 from circuit_lens.studies.patch_items import Write, as_words, descriptions, some
-from circuit_lens.studies.patch_tables import layer_name
+from circuit_lens.studies.patch_tables import layer_title, titled
 from circuit_lens.studies.tables import Row, StudyTable
 from circuit_lens.zoo.corpus import Corpus
 
@@ -108,7 +108,7 @@ def contexts_table(
         for s, layer in enumerate(read_layers):
             rows.append(
                 Row(
-                    f"{label}: {layer_name(layer)}",
+                    f"{label}: {layer_title(layer)}",
                     {
                         "1 - cosine": Mean.of(cosine[:, s].tolist()),
                         "null": Mean.of(null_cosine[:, s].tolist()),
@@ -131,7 +131,7 @@ def contexts_table(
         "know what follows, in any layer. What is meant is in the last token's state. Pairs share people, so intervals "
         "of means are too narrow.",
     )
-    return StudyTable(f"The same token in two contexts{f' ({name})' if name else ''}", tuple(rows), notes)
+    return StudyTable(titled("The same token in two contexts", name), tuple(rows), notes)
 
 
 def _every(pairs: Sequence[tuple[Context, Context]]) -> list[tuple[str, int | str]]:
@@ -153,4 +153,4 @@ def _said(
 def _first(hits: np.ndarray, layers: Sequence[int]) -> str:
     shares = hits.mean(0)
     found = [layer for layer, share in zip(layers, shares, strict=True) if share > 0.5]
-    return layer_name(found[0]) if found else "nowhere"
+    return layer_title(found[0]) if found else "nowhere"

@@ -20,7 +20,17 @@ from circuit_lens.patchscopes.sources import EMBEDDING
 from circuit_lens.patchscopes.targets import Target
 from circuit_lens.protocols import HookedModel
 from circuit_lens.studies.patch_items import SOURCE, Item, descriptions, some
-from circuit_lens.studies.patch_tables import CHOICE, CONTROLS, RECOMPUTES, Reading, difference, layer_name, read
+from circuit_lens.studies.patch_tables import (
+    CHOICE,
+    CONTROLS,
+    RECOMPUTES,
+    Reading,
+    difference,
+    into_table,
+    layer_title,
+    read,
+    titled,
+)
 from circuit_lens.studies.tables import Cell, Row, StudyTable
 from circuit_lens.zoo.cut_names import FORMS, CutCorpus, cut, ending
 from circuit_lens.zoo.places import City
@@ -150,7 +160,7 @@ def cuts_table(cuts: Sequence[CutReading], *, name: str = "") -> StudyTable:
         CONTROLS,
         RECOMPUTES,
     )
-    return StudyTable(f"The same entities in one, two and three tokens{_on(name)}", tuple(rows), notes)
+    return StudyTable(titled("The same entities in one, two and three tokens", name), tuple(rows), notes)
 
 
 def cut_layers_table(cuts: Sequence[CutReading], *, name: str = "") -> StudyTable:
@@ -181,13 +191,24 @@ def cut_layers_table(cuts: Sequence[CutReading], *, name: str = "") -> StudyTabl
                         cells["into the same layer, minus one token"] = difference(
                             one.column(n, s, same), one.column(FORMS[0], s, same)
                         )
-                rows.append(Row(f"{one.question}: {_tokens(n)}: {layer_name(layer)}", cells))
+                rows.append(Row(f"{one.question}: {_tokens(n)}: {layer_title(layer)}", cells))
     notes = (
         "First right here: by any target layer, and at no earlier source layer. Minus one token: the same city in this "
         "form and in one token, paired, with 95 % bootstrap intervals.",
         RECOMPUTES,
     )
-    return StudyTable(f"At which layer the same entities resolve{_on(name)}", tuple(rows), notes)
+    return StudyTable(titled("At which layer the same entities resolve", name), tuple(rows), notes)
+
+
+def cut_targets_table(cuts: Sequence[CutReading], *, name: str = "") -> StudyTable:
+    """How many entities are right by each target layer in each form, beside the re-embedded token there.
+
+    Args:
+        cuts: See `read_cuts`.
+        name: Of the model, for the title.
+    """
+    readings = {f"{one.question}: {_tokens(n)}": reading for one in cuts for n, reading in one.forms.items()}
+    return into_table(titled("The same entities by target layer", name), readings, (RECOMPUTES,))
 
 
 def first_layers_table(cuts: Sequence[CutReading], *, name: str = "") -> StudyTable:
@@ -204,7 +225,7 @@ def first_layers_table(cuts: Sequence[CutReading], *, name: str = "") -> StudyTa
             cells: dict[str, Cell] = {
                 "first layer": Mean.of(one.first[n].tolist()),
                 "first layer, last piece wrong": Mean.of(one.first[n][one.hard].tolist()),
-                "which": "; ".join(f"{layer_name(layer)}: {counts[layer]}" for layer in sorted(counts)),
+                "which": "; ".join(f"{layer_title(layer)}: {counts[layer]}" for layer in sorted(counts)),
                 "never right": int(np.isnan(one.first[n]).sum()),
             }
             rows.append(Row(f"{one.question}: {_tokens(n)}", cells))
@@ -227,7 +248,7 @@ def first_layers_table(cuts: Sequence[CutReading], *, name: str = "") -> StudyTa
         "target layer, the same in all rows; of the others it is right by the share of its family (next tables). "
         "Later, earlier: cities that the first form needs a later or an earlier layer for.",
     )
-    return StudyTable(f"The first layer of the same entities{_on(name)}", tuple(rows), notes)
+    return StudyTable(titled("The first layer of the same entities", name), tuple(rows), notes)
 
 
 def last_piece_table(cuts: Sequence[CutReading], *, name: str = "") -> StudyTable:
@@ -266,7 +287,7 @@ def last_piece_table(cuts: Sequence[CutReading], *, name: str = "") -> StudyTabl
         "commonest answer of every last piece were said. A whole name ends in no piece: its family is that of its cut "
         "forms.",
     )
-    return StudyTable(f"What the last piece of a name says{_on(name)}", tuple(rows), notes)
+    return StudyTable(titled("What the last piece of a name says", name), tuple(rows), notes)
 
 
 def cut_tables(
@@ -281,12 +302,9 @@ def cut_tables(
         name: Of the model, for the titles.
     """
     cuts = read_cuts(model, corpus, n=n)
-    return [make(cuts, name=name) for make in (cuts_table, first_layers_table, cut_layers_table, last_piece_table)]
+    makers = cuts_table, cut_targets_table, first_layers_table, cut_layers_table, last_piece_table
+    return [make(cuts, name=name) for make in makers]
 
 
 def _tokens(n: int) -> str:
     return f"{['one', 'two', 'three'][n - 1]} token{'s' * (n > 1)}"
-
-
-def _on(name: str) -> str:
-    return f" ({name})" if name else ""

@@ -11,6 +11,7 @@ from circuit_lens.patchscopes.metrics import How
 from circuit_lens.patchscopes.sources import EMBEDDING
 from circuit_lens.patchscopes.targets import Target
 from circuit_lens.protocols import HookedModel
+from circuit_lens.running import to_tokens
 from circuit_lens.studies.patch_items import (
     SOURCE,
     Item,
@@ -23,11 +24,21 @@ from circuit_lens.studies.patch_items import (
     shorter_forms,
     some,
 )
-from circuit_lens.studies.patch_tables import CHOICE, CONTROLS, RECOMPUTES, Reading, layer_name, read
+from circuit_lens.studies.patch_tables import (
+    CHOICE,
+    CONTROLS,
+    RECOMPUTES,
+    Reading,
+    into_table,
+    layer_title,
+    read,
+    titled,
+)
 from circuit_lens.studies.tables import Cell, Row, StudyTable
 from circuit_lens.zoo.corpus import Corpus
 
 LONG = ("the Great", "of Wales")
+BY_TOKENS = "Entities by number of tokens"
 FIRST = "Diana , princess of Wales", "Alexander the Great"
 
 
@@ -82,7 +93,24 @@ def description_table(reading: Reading, *, name: str = "") -> StudyTable:
         CONTROLS,
         RECOMPUTES,
     )
-    return StudyTable(f"Descriptions of entities{_on(name)}", tuple(rows), notes)
+    return StudyTable(titled("Descriptions of entities", name), tuple(rows), notes)
+
+
+def by_target_table(reading: Reading, *, name: str = "") -> StudyTable:
+    """How many descriptions are right by each target layer, beside the re-embedded token there.
+
+    Args:
+        reading: See `description_reading`.
+        name: Of the model, for the title.
+    """
+    unit = "token" if reading.how == "starts" else "word"
+    readings: dict[str, Reading] = {}
+    for label, more in ((f"one {unit}", False), (f"several {unit}s", True)):
+        part = reading.part(items=[i for i, one in enumerate(reading.items) if (one.n_words > 1) == more])
+        readings[label] = part
+        for group in dict.fromkeys(one.group for one in part.items):
+            readings[f"{label}, {group}"] = part.of(group=group)
+    return into_table(titled("Descriptions by target layer", name), readings, (RECOMPUTES,))
 
 
 def by_layer_table(reading: Reading, *, name: str = "") -> StudyTable:
@@ -109,7 +137,7 @@ def by_layer_table(reading: Reading, *, name: str = "") -> StudyTable:
         first = np.where(part.right.any((1, 2)), part.right.any(2).argmax(1), -1)
         for s, layer in enumerate(part.result.source_layers):
             cells: dict[str, Cell] = {
-                f"into {layer_name(target)}": Rate.of(part.right[:, s, t].tolist())
+                f"into {layer_title(target)}": Rate.of(part.right[:, s, t].tolist())
                 for t, target in enumerate(part.result.target_layers)
                 if target == EMBEDDING
             }
@@ -119,13 +147,13 @@ def by_layer_table(reading: Reading, *, name: str = "") -> StudyTable:
             cells["first right here"] = Rate.of(bool(one == s) for one in first)
             if "person" in label and reading.how == "starts":
                 cells["another of the family"] = Rate.of(_others(part, s, family))
-            rows.append(Row(f"{label}: {layer_name(layer)}", cells))
+            rows.append(Row(f"{label}: {layer_title(layer)}", cells))
     notes = (
         "First right here: by any target layer, and at no earlier source layer. Another of the family: moved into the "
         "embedding, it says the description of somebody else of the same last word.",
         RECOMPUTES,
     )
-    return StudyTable(f"At which layer entities resolve{_on(name)}", tuple(rows), notes)
+    return StudyTable(titled("At which layer entities resolve", name), tuple(rows), notes)
 
 
 def _others(part: Reading, source: int, family: dict[str, set[str]]) -> list[bool]:
@@ -161,7 +189,7 @@ def said_table(
     rows = []
     for i, one in enumerate(asked):
         said: dict[str, Cell] = {
-            layer_name(layer): _first_words(reading.said(i, s, 0), str(one.answer))
+            layer_title(layer): _first_words(reading.said(i, s, 0), str(one.answer))
             for s, layer in enumerate(reading.result.source_layers)
         }
         rows.append(Row(one.name, {"is": str(one.answer), **said}))
@@ -169,7 +197,7 @@ def said_table(
         "Read at the last token of each text, moved into the embedding of the description prompt; * marks what is "
         "right. The second part reads two names at each of their tokens, with what stands before it only.",
     )
-    return StudyTable(f"What names say, layer by layer{_on(name)}", tuple(rows), notes)
+    return StudyTable(titled("What names say, layer by layer", name), tuple(rows), notes)
 
 
 def _prefixes(one: Item, write: Write) -> list[Item]:
@@ -193,19 +221,11 @@ def forms_table(model: HookedModel, corpus: Corpus | None = None, *, name: str =
         name: Of the model, for the title.
     """
     corpus = corpus or Corpus()
-    rows = []
+    rows: list[Row] = []
 
     def add(label: str, items: Sequence[Item], target: Target) -> None:
-        if len(items) < 2:
-            return
-        reading = read(model, items, target, max_new_tokens=5)
-        first = [
-            layer for s, layer in enumerate(reading.result.source_layers) if reading.right[:, s].mean(0).max() > 0.5
-        ]
-        words = sorted({item.n_words for item in items})
-        cells: dict[str, Cell] = {"words": " to ".join(map(str, dict.fromkeys((words[0], words[-1]))))}
-        cells |= reading.cells() | {"first layer above a half": layer_name(first[0]) if first else "none"}
-        rows.append(Row(label, cells, reading.failures()))
+        if len(items) > 1:
+            rows.append(_form_row(label, read(model, items, target, max_new_tokens=5)))
 
     for form, items in shorter_forms(corpus).items():
         add(form, items, descriptions())
@@ -221,9 +241,58 @@ def forms_table(model: HookedModel, corpus: Corpus | None = None, *, name: str =
         "of these people, and a last word alone does not say who is meant. Groups of states and capitals differ in "
         "more than their tokens.",
         CHOICE,
+        CONTROLS,
     )
-    return StudyTable(f"Entities by number of tokens{_on(name)}", tuple(rows), notes)
+    return StudyTable(titled(BY_TOKENS, name), tuple(rows), notes)
 
 
-def _on(name: str) -> str:
-    return f" ({name})" if name else ""
+def tokens_table(model: HookedModel, reading: Reading, *, name: str = "") -> StudyTable:
+    """Entities by the number of tokens that a model's own tokenizer cuts their name into.
+
+    Args:
+        model: The model that was read.
+        reading: See `description_reading`.
+        name: Of the model, for the title.
+    """
+    cut: dict[int, list[int]] = {}
+    for i, one in enumerate(reading.items):
+        cut.setdefault(n_tokens(model, one), []).append(i)
+    rows = []
+    for n, chosen in sorted(cut.items()):
+        whole = reading.part(items=chosen)
+        kinds = list(dict.fromkeys(one.group for one in whole.items))
+        parts = {"": whole} | ({f": {kind}": whole.of(group=kind) for kind in kinds} if len(kinds) > 1 else {})
+        label = f"{n} token{'s' * (n > 1)}"
+        rows += [_form_row(f"{label}{kind}", part) for kind, part in parts.items() if len(part.items) > 1]
+    alone = ", ".join(f"{n}" for n, chosen in sorted(cut.items()) if len(chosen) < 2)
+    notes = (
+        "Tokens of the name at the end of its sentence, by the model's own tokenizer. Entities of different lengths "
+        "differ in more than their tokens: the same ones in several forms are studied in `capitals-cut`."
+        + (f" One entity alone, and left out, has {alone} tokens." if alone else ""),
+        CHOICE,
+        CONTROLS,
+    )
+    return StudyTable(titled(BY_TOKENS, name), tuple(rows), notes)
+
+
+def n_tokens(model: HookedModel, one: Item) -> int:
+    """Return how many tokens the name at the end of an item's prompt is: those that the prompt has without it less.
+
+    Raises:
+        ValueError: The prompt does not end in the name.
+    """
+    before = one.prompt.rstrip()
+    for letter in reversed("".join(one.name.split())):  # prose has no blank before a comma, a list of words has
+        if not before.endswith(letter):
+            raise ValueError(f"the prompt {one.prompt!r} does not end in the name {one.name!r}")
+        before = before.removesuffix(letter).rstrip()
+    return len(to_tokens(model, one.prompt)) - len(to_tokens(model, before))
+
+
+def _form_row(label: str, reading: Reading) -> Row:
+    layers = reading.result.source_layers
+    first = [layer for s, layer in enumerate(layers) if reading.right[:, s].mean(0).max() > 0.5]
+    words = sorted({item.n_words for item in reading.items})
+    cells: dict[str, Cell] = {"words": " to ".join(map(str, dict.fromkeys((words[0], words[-1]))))}
+    cells |= reading.cells() | {"first layer above a half": layer_title(first[0]) if first else "none"}
+    return Row(label, cells, reading.failures())

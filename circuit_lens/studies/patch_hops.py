@@ -8,15 +8,17 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from circuit_lens.decoding import decode
 from circuit_lens.graph.rates import Mean, Rate
 from circuit_lens.patchscopes.maps import Map
 from circuit_lens.patchscopes.metrics import How, says
-from circuit_lens.patchscopes.patchscope import patchscope
-from circuit_lens.patchscopes.sources import EMBEDDING, At
+from circuit_lens.patchscopes.readout import Wording
+from circuit_lens.patchscopes.sources import EMBEDDING
 from circuit_lens.patchscopes.targets import Target
 from circuit_lens.protocols import HookedModel
+from circuit_lens.running import to_tokens
 from circuit_lens.studies.patch_items import Item, Write, as_words, some
-from circuit_lens.studies.patch_tables import CHOICE, RECOMPUTES, Reading, cell_names, read
+from circuit_lens.studies.patch_tables import CHOICE, RECOMPUTES, Reading, cell_names, read, titled
 from circuit_lens.studies.tables import Cell, Failure, Row, StudyTable
 from circuit_lens.zoo.corpus import Corpus
 from circuit_lens.zoo.places import City
@@ -28,6 +30,10 @@ TRAINED = "Fact : the capital of the {kind} containing {city} is"
 ADVERSE = "{city} is a city . The capital of the {kind} is"
 CHAIN = "{city} is in {place} . The capital of {place} is"
 ANSWERED = "The capital of {place} is"
+BUNDLED = (
+    "These cities are in no two-hop sentence of the model's training; the wording 'in one go' is that of its training. "
+    "'Adverse' is a wording of ours, chosen on these cities among 18, because the model gets it wrong.",
+)
 
 
 class NextToken(Map):
@@ -55,15 +61,10 @@ class NextToken(Map):
 
 
 def written(model: HookedModel, prompts: Sequence[str], n: int = 4) -> list[str]:
-    """Return what a model says after prompts, by an ordinary greedy run: an own run each, nothing is moved."""
-    found = []
-    for prompt in prompts:
-        result = patchscope(
-            model, At(prompt), Target(prompt, at=-1), source_layers=[EMBEDDING], target_layers=[EMBEDDING],
-            max_new_tokens=n, controls=False, keep_logits=False, check=False, progress=False,
-        )  # fmt: skip
-        found.append(str(result.wording.texts(result.unpatched)[0]))
-    return found
+    """Return what a model says after prompts, greedily: an own run each, nothing is moved."""
+    wording = Wording(getattr(model, "tokenizer", None), model.cfg.d_vocab)
+    runs = [decode(model, to_tokens(model, prompt)[None], max_new_tokens=n) for prompt in prompts]
+    return [wording.text(run.rows()[0].tolist()) for run in runs]
 
 
 def hop_table(
@@ -78,20 +79,22 @@ def hop_table(
     layers: Sequence[int] | None = None,
     n: int | None = None,
     name: str = "",
+    notes: Sequence[str] = (),
 ) -> StudyTable:
     """Ask for the capital of a city's state in one go, in a written chain, and by moving the first step's state.
 
     Args:
         model: A model that knows both steps.
         corpus: Its facts.
-        cities: What is asked about; None: the cities that no two-hop sentence of training contains.
-        adverse: A wording that the model answers wrongly.
+        cities: What is asked about; None: the cities that no two-hop sentence of the corpus contains.
+        adverse: A wording that the bundled models answer wrongly.
         write: Turns the words of a prompt into text.
         how: Where an answer must stand.
         max_new_tokens: Tokens to generate.
         layers: Source and target layers; None: all.
         n: Cities; None: all.
         name: Of the model, for the title.
+        notes: More of them, `BUNDLED` for the bundled models.
     """
     corpus = corpus or Corpus()
     held = [city for city in corpus.cities if city.name in corpus.hard_cities]
@@ -103,7 +106,7 @@ def hop_table(
     rows = []
     plain: dict[str, list[bool]] = {}
     for label, template in (
-        ("in one go, as in training", TRAINED), ("in one go, adverse", adverse), ("written chain", CHAIN),
+        ("in one go", TRAINED), ("in one go, adverse", adverse), ("written chain", CHAIN),
         ("second step alone, answer of the first written", ANSWERED),
     ):  # fmt: skip
         said = written(model, [fill(template)(city) for city in asked], max_new_tokens)
@@ -137,17 +140,19 @@ def hop_table(
             target_layers=into, mapping=mapping,
         )  # fmt: skip
         rows.append(_moved(f"moved: {label}", template, reading, wrong))
-    notes = (
-        f"Second step: {SECOND!r}, patched at x. Cities: those that no two-hop sentence of training contains. They are "
-        "answered rightly as in training, so nothing is left to correct there; 'adverse' is a wording of ours that the "
-        "model gets wrong, chosen among 18 wordings on these cities for that. Corrected: gain over it, item by item.",
+    which = "given" if cities is not None else "those that no two-hop sentence of the corpus contains"
+    shown = (
+        f"Second step: {write(SECOND)!r}, patched at x. Cities: {which}. Corrected: right minus right by the adverse "
+        "wording in one go, item by item.",
+        *notes,
         "Read at the city, the first step's expression is resolved where it ends, as in the paper. Read at its last "
         f"word, the state holds the answer as what comes next. {_bases(model)}",
         CHOICE,
-        "Into the embedding, the city's own embedding answers too where the model composes by itself: see re-embedded, "
-        "and the row of target layers 1 and later. " + RECOMPUTES,
+        "Embedding patch: the embedding of the token that is read, through the same map, at its own best fixed target "
+        "layer of the row, chosen on the same halves. Where the model composes by itself, a city's embedding into the "
+        "embedding answers too: see the row of target layers 1 and later. " + RECOMPUTES,
     )
-    return StudyTable(f"Two steps{_on(name)}", tuple(rows), notes)
+    return StudyTable(titled("Two steps", name), tuple(rows), shown)
 
 
 def _moved(label: str, template: str, reading: Reading, wrong: Sequence[bool]) -> Row:
@@ -162,8 +167,8 @@ def _moved(label: str, template: str, reading: Reading, wrong: Sequence[bool]) -
         "any cell": accuracy.any_layer,
         "unpatched": accuracy.unpatched,
     }
-    if accuracy.reembedded is not None:
-        cells["re-embedded"] = accuracy.reembedded
+    if reading.embedded is not None:
+        cells["embedding patch"] = Rate.of(reading.embedded.tolist())
     return Row(label, cells, reading.failures())
 
 
@@ -176,7 +181,3 @@ def _bases(model: HookedModel) -> str:
         "to be said and what was read need not share directions, and then the identity map cannot turn one into the "
         "other."
     )
-
-
-def _on(name: str) -> str:
-    return f" ({name})" if name else ""

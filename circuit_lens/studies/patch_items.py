@@ -6,7 +6,7 @@ Items are words of the corpus; `Write` turns them into a model's own text (other
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -22,7 +22,8 @@ T = TypeVar("T")
 SOURCE = "Maria read about {name}"
 RELATION = "Fact : the {relation} of x is"
 OPPOSITE = 'The opposite of " x " is "'
-TOPIC = "The topic of x is"
+FIT_SEED, TEST_SEED = 7001, 7002
+FIT_WORDS, TEST_WORDS = 12_000, 30_000
 
 
 def as_words(text: str) -> str:
@@ -153,16 +154,31 @@ def capitals_by_words(corpus: Corpus) -> dict[int, list[Item]]:
     return dict(sorted(found.items()))
 
 
-def texts(corpus: Corpus, n_words: int, seed: int, *, length: int = 48, write: Write = as_words) -> list[str]:
-    """Fresh text of the corpus: whole sentences in pieces of at most so many words."""
+def fit_and_held_out(
+    corpus: Corpus, n_fit: int = FIT_WORDS, n_held_out: int = TEST_WORDS, *, write: Write = as_words
+) -> tuple[list[str], list[str]]:
+    """Return text to fit maps on, and other text, in which no sentence of the first stands.
+
+    Args:
+        corpus: What is drawn from.
+        n_fit: Words, about.
+        n_held_out: Likewise, before sentences are left out.
+        write: Turns the words into text.
+    """
+    known = {tuple(sentence.tokens) for sentence in corpus.take(n_fit, FIT_SEED)}
+    return texts(corpus, n_fit, FIT_SEED, write=write), texts(corpus, n_held_out, TEST_SEED, without=known, write=write)
+
+
+def texts(
+    corpus: Corpus, n_words: int, seed: int, *, length: int = 48, without: Collection[tuple[str, ...]] = (),
+    write: Write = as_words,
+) -> list[str]:  # fmt: skip
+    """Fresh text of the corpus: whole sentences in pieces of at most so many words, without some sentences."""
     found: list[list[str]] = [[]]
     for sentence in corpus.take(n_words, seed):
+        if tuple(sentence.tokens) in without:
+            continue
         if len(found[-1]) + len(sentence.tokens) > length and found[-1]:
             found.append([])
         found[-1] += sentence.tokens
     return [write(" ".join(words)) for words in found if words]
-
-
-def matching(items: Iterable[Item], **wanted: object) -> list[Item]:
-    """Return the items whose attributes are these."""
-    return [one for one in items if all(getattr(one, key) == value for key, value in wanted.items())]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -22,16 +22,22 @@ from circuit_lens.patchscopes.sources import EMBEDDING, At, Vectors
 from circuit_lens.patchscopes.targets import Target
 from circuit_lens.protocols import HookedModel
 from circuit_lens.studies.patch_items import Item
-from circuit_lens.studies.tables import Cell, Failure
+from circuit_lens.studies.tables import Cell, Failure, Row, StudyTable
 
 CHOICE = (
     "Best fixed cell: the source and target layer that are right most often on one half of the items, scored on the "
-    "other half, both ways; ties go to the lower layers. The embedding is no source layer there: it is a control."
+    "other half, both ways; ties go to the lower layers. The embedding is no source layer there: it is a control. "
+    "Intervals do not know that a cell was chosen."
 )
 CONTROLS = (
-    "Re-embedded: the token at the end of the name, as an embedding, at the target layers of the fixed cell; gain: "
-    "paired difference to it. Embedding patch: the same at its own best fixed target layer; into the embedding that is "
-    "the token written in the prompt. Unpatched: the prompt with its x."
+    "Embedding patch: the token at the end of the name, as an embedding, at its own best fixed target layer, chosen on "
+    "the same halves; into the embedding that is the token written in the prompt. Gain over it: paired difference. "
+    "Unpatched: the prompt with its x."
+)
+AGAIN = (
+    "Best source layer: the one that is right most often for this target layer on one half of the items, scored on the "
+    "other half, both ways; the embedding is none. Re-embedded: the token at the end of the name, as an embedding, "
+    "into the same target layer; gain: paired difference to it. Intervals do not know that a layer was chosen."
 )
 RECOMPUTES = (
     "The target run computes its own blocks above the target layer, so a state moved to an early layer is worked on "
@@ -39,10 +45,19 @@ RECOMPUTES = (
 )
 
 
-def layer_name(layer: int | str | None) -> str:
-    """Name a layer.
+def titled(title: str, name: str) -> str:
+    """Return a title with the name of a model, if there is one.
 
-    >>> layer_name(-1), layer_name(2)
+    >>> titled("Two steps", "capitals"), titled("Two steps", "")
+    ('Two steps (capitals)', 'Two steps')
+    """
+    return f"{title} ({name})" if name else title
+
+
+def layer_title(layer: int | str | None) -> str:
+    """Name a layer in words, for rows and columns; in grids of numbers see `circuit_lens.patchscopes.axes.layer_name`.
+
+    >>> layer_title(-1), layer_title(2)
     ('embedding', 'layer 2')
     """
     return "embedding" if layer == EMBEDDING else f"layer {layer}"
@@ -83,6 +98,30 @@ def narrowed(
 
 
 @dataclass(frozen=True)
+class Into:
+    """The best source layer of one target layer, beside the re-embedded token there.
+
+    Attributes:
+        layer: The target layer.
+        sources: The source layers of both halves, in words.
+        right: Whether each item is right, by the layer that was chosen without it.
+        again: Whether it is with its token embedded into this target layer; None: unknown.
+    """
+
+    layer: int | str
+    sources: str
+    right: Bool[ndarray, "n_items"]
+    again: Bool[ndarray, "n_items"] | None
+
+    def cells(self) -> dict[str, Cell]:
+        """The columns of a table by target layer."""
+        found: dict[str, Cell] = {"best source layer": self.sources, "right": Rate.of(self.right.tolist())}
+        if self.again is not None:
+            found |= {"re-embedded": Rate.of(self.again.tolist()), "gain": difference(self.right, self.again)}
+        return found
+
+
+@dataclass(frozen=True)
 class Reading:
     """A grid with the answers that are right.
 
@@ -117,6 +156,17 @@ class Reading:
         return [n for n, layer in enumerate(self.result.source_layers) if layer != EMBEDDING]
 
     @cached_property
+    def again(self) -> Bool[ndarray, "n_items n_target_layers"] | None:
+        """Which items are right with their token embedded, by target layer (where layers go into themselves, by those).
+
+        None: there is no such control.
+        """
+        control = self.result.reembedded
+        if control is None:
+            return None
+        return replace(self, result=replace(self.result, patched=control.at(slice(None), None))).right[:, 0]
+
+    @cached_property
     def chosen(self) -> Chosen:
         """The best fixed cell; source layers are numbers of `inner`."""
         return best_fixed(self.right[:, self.inner][..., None])
@@ -132,23 +182,30 @@ class Reading:
         found = [i for i, one in enumerate(self.items) if all(getattr(one, k) == v for k, v in wanted.items())]
         return self.part(items=found)
 
-    def embedding(self) -> Rate | None:
-        """How often the source's embedding is right, by its best fixed target layer; None where there is none."""
-        if EMBEDDING not in self.result.source_layers or len(self.items) < 2:
-            return None
-        column = self.right[:, self.result.source_layers.index(EMBEDDING)]
-        return Rate.of(best_fixed(column).right.tolist())
+    @cached_property
+    def embedded(self) -> Bool[ndarray, "n_items"] | None:
+        """Whether each item is right by its embedding, at its best fixed target layer; None where there is none."""
+        return None if self.again is None or len(self.right) < 2 else best_fixed(self.again).right
+
+    def into(self) -> list[Into]:
+        """Return the best source layer and the control of each target layer; at least two items are needed."""
+        found = []
+        for t, layer in enumerate(self.result.target_layers):
+            chosen = best_fixed(self.right[:, self.inner, t])
+            named = [layer_title(self.result.source_layers[self.inner[s]]) for (s,) in chosen.cells]
+            again = None if self.again is None else self.again[:, t]
+            found.append(Into(layer, "; ".join(dict.fromkeys(named)), chosen.right, again))
+        return found
 
     def cells(self) -> dict[str, Cell]:
         """The columns of a summary."""
         accuracy = self.accuracy
         over = [rate.share for rate in accuracy.any_target_layer]
-        found: dict[str, Cell | None] = {
-            "best fixed cell": accuracy.best_fixed,
-            "which": cell_names(accuracy),
-            "re-embedded": accuracy.reembedded,
-            "gain": accuracy.gain,
-            "embedding patch": self.embedding(),
+        found: dict[str, Cell | None] = {"best fixed cell": accuracy.best_fixed, "which": cell_names(accuracy)}
+        if self.embedded is not None:
+            found["embedding patch"] = Rate.of(self.embedded.tolist())
+            found["gain over it"] = difference(self.chosen.right, self.embedded)
+        found |= {
             "unpatched": accuracy.unpatched,
             "any target layer, mean over layers": float(np.mean(over)),
             "any cell": accuracy.any_layer,
@@ -221,8 +278,25 @@ def read(
 
 def cell_names(accuracy: Accuracy) -> str:
     """Name the fixed cells of both halves."""
-    named = [f"{layer_name(source)} → {layer_name(target)}" for source, target, _ in accuracy.cells]
+    named = [f"{layer_title(source)} → {layer_title(target)}" for source, target, _ in accuracy.cells]
     return "; ".join(dict.fromkeys(named))
+
+
+def into_table(title: str, readings: Mapping[str, Reading], notes: Sequence[str] = ()) -> StudyTable:
+    """How much of what is said needs the layers, by target layer.
+
+    Args:
+        title: Of the table.
+        readings: Grids by name; those of fewer than two items are left out.
+        notes: After that on the choice.
+    """
+    rows = [
+        Row(f"{label}: into {layer_title(one.layer)}", one.cells())
+        for label, reading in readings.items()
+        if len(reading.items) > 1
+        for one in reading.into()
+    ]
+    return StudyTable(title, tuple(rows), (AGAIN, *notes))
 
 
 def difference(first: Sequence[bool] | ndarray, second: Sequence[bool] | ndarray) -> Mean:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from jaxtyping import Bool
@@ -16,11 +16,12 @@ from circuit_lens.patchscopes.sources import EMBEDDING
 from circuit_lens.patchscopes.targets import Target
 from circuit_lens.protocols import HookedModel
 from circuit_lens.studies.patch_items import Item, Relation, descriptions, entities, relations, some
-from circuit_lens.studies.patch_tables import Reading, difference, layer_name, read, sources
+from circuit_lens.studies.patch_tables import Reading, difference, layer_title, read, sources, titled
 from circuit_lens.studies.tables import Cell, Row, StudyTable
 from circuit_lens.zoo.corpus import Corpus
 
 TOKENS, ATTRIBUTE_TOKENS = 20, 6
+AGAIN, ALONE = "re-embedded", "token in the prompt"
 
 
 def says_word(result: PatchscopeResult, word: str) -> Bool[ndarray, "n_items n_source_layers n_target_layers"]:
@@ -63,10 +64,12 @@ def through_table(
         name: Of the model, for the title.
     """
     corpus = Corpus()
+    unit = "token" if how == "starts" else "word"
     described = some(entities(corpus) if items is None else items, n)
     questions = relations(corpus) if asked is None else list(asked)
-    pairs = [_both(model, described, target or descriptions(), max_new_tokens, how, layers)]
-    rows = _rows("descriptions", pairs, placeholder)
+    rows = _rows(
+        "descriptions", [_both(model, described, target or descriptions(), max_new_tokens, how, layers)], placeholder
+    )
     groups: dict[str, list[Relation]] = {}
     for relation in questions:
         groups.setdefault(relation.name.split(":")[0], []).append(relation)
@@ -82,9 +85,12 @@ def through_table(
         f"descriptions later entries can do as well. Says {placeholder!r}: the text holds the placeholder's word.",
         "Differences are below minus layer, paired, with 95 % bootstrap intervals. Below is cumulative: what it says "
         "at a layer can come from any lower layer's state of the item, the embedding among them, so its figures at "
-        "late layers are no evidence that those layers' states alone can be read.",
+        "late layers are no evidence that those layers' states alone can be read. Re-embedded: the embedding of the "
+        "last token written likewise, below in place of all these states. Token in the prompt: the same embedding, "
+        "written into the embedding alone, where all layers work on it. Below writes that embedding too, so what it "
+        f"says of entities of one {unit} need not come from any layer: those of several {unit}s show what layers add.",
     )
-    return StudyTable(f"Writing below the target layer{f' ({name})' if name else ''}", tuple(rows), notes)
+    return StudyTable(titled("Writing below the target layer", name), tuple(rows), notes)
 
 
 def _both(
@@ -104,28 +110,48 @@ def _both(
 
 
 def _rows(label: str, pairs: Sequence[tuple[Reading, Reading]], placeholder: str) -> list[Row]:
-    def hits(which: int, kind: str, source: int) -> ndarray:
-        found = []
-        for pair in pairs:
-            reading = pair[which]
-            if kind == "right":
-                right = reading.right
-            elif kind == "anywhere":
-                right = reading.result.right(reading.answers, "contains")[..., 0]
-            else:
-                right = says_word(reading.result, placeholder)
-            found.append(right[:, source, 0])
-        return np.concatenate(found)
+    """Return a row for each layer: of all items, and of those of one and of several words where there are both."""
+    layers = pairs[0][0].result.source_layers
+    several = np.array([one.n_words > 1 for pair in pairs for one in pair[0].items], dtype=bool)
+    groups = {label: np.ones_like(several)}
+    if several.any() and not several.all():
+        unit = "token" if pairs[0][0].how == "starts" else "word"
+        groups |= {f"{label}, one {unit}": ~several, f"{label}, several {unit}s": several}
+    found = [
+        {title: np.concatenate([one[title] for one in made]) for title in made[0]}
+        for which in (0, 1)
+        for made in [[_hits(pair[which], placeholder) for pair in pairs]]
+    ]
+    return [
+        Row(f"{name}: {layer_title(layer)}", _compared(*({k: v[kept, s] for k, v in one.items()} for one in found)))
+        for name, kept in groups.items()
+        for s, layer in enumerate(layers)
+        if layer != EMBEDDING
+    ]
 
-    rows = []
-    for s, layer in enumerate(pairs[0][0].result.source_layers):
-        if layer == EMBEDDING:
+
+def _hits(reading: Reading, placeholder: str) -> dict[str, Bool[ndarray, "n_items n_layers"]]:
+    """Return what is counted of the cells of a grid that moves layers into themselves."""
+    found = {"right": reading.right[:, :, 0]}
+    if reading.again is not None:
+        found[AGAIN] = reading.again
+    if EMBEDDING in reading.result.source_layers:
+        alone = reading.right[:, [reading.result.source_layers.index(EMBEDDING)], 0]
+        found[ALONE] = np.repeat(alone, found["right"].shape[1], axis=1)
+    return found | {
+        "anywhere": reading.result.right(reading.answers, "contains")[:, :, 0, 0],
+        f"says {placeholder!r}": says_word(reading.result, placeholder)[:, :, 0],
+    }
+
+
+def _compared(layer: Mapping[str, ndarray], below: Mapping[str, ndarray]) -> dict[str, Cell]:
+    cells: dict[str, Cell] = {}
+    for title, first in layer.items():
+        if title == ALONE:  # one run, whether written below or not
+            cells |= {ALONE: Rate.of(first.tolist()), "right, below, over it": difference(below["right"], first)}
             continue
-        cells: dict[str, Cell] = {}
-        for kind, title in (("right", "right"), ("anywhere", "anywhere"), ("says", f"says {placeholder!r}")):
-            first, second = hits(0, kind, s), hits(1, kind, s)
-            cells[f"{title}, layer"] = Rate.of(first.tolist())
-            cells[f"{title}, below"] = Rate.of(second.tolist())
+        second = below[title]
+        cells |= {f"{title}, layer": Rate.of(first.tolist()), f"{title}, below": Rate.of(second.tolist())}
+        if title != AGAIN:
             cells[f"{title}, difference"] = difference(second, first)
-        rows.append(Row(f"{label}: {layer_name(layer)}", cells))
-    return rows
+    return cells

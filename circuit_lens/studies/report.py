@@ -60,21 +60,26 @@ _PATCHSCOPES = """# Patchscopes on the bundled models
 
 The studies of Patchscopes (Ghandeharioun et al. 2024, arXiv 2401.06102) on models that were trained on known facts,
 written by `python -m circuit_lens.studies --only patchscopes`; nothing here is edited by hand. All items are scored,
-nothing is drawn by hand, and each table names its prompts. Beside every figure stand the unpatched prompt, the
-re-embedded token and the patch of the embedding. Shares have 95 % Wilson intervals and counts, means 95 % bootstrap
+nothing is drawn by hand, and each table names its prompts. Controls: tables of best fixed cells hold the unpatched
+prompt and the patch of the embedding; tables by target layer the re-embedded token at the same layer; tables by layer
+and of lenses have a row of the embedding; states moved across models and written below are compared with the embedding
+moved likewise; two contexts with two neutral ones. Shares have 95 % Wilson intervals and counts, means 95 % bootstrap
 intervals. The paper's figures are maxima over layers; the best fixed cell is chosen on one half of the items and scored
 on the other.
 
 What these figures do not show:
 
 - The target run recomputes its own blocks above the target layer. A right answer from an early target layer says that
-  the state leads there, not that the answer stood in it. Rows of later target layers, where the re-embedded token
-  fails, say more.
+  the state leads there, not that the answer stood in it. Target layers at which the re-embedded token fails say more.
+- What is gained over the re-embedded token depends on the target layer: into the embedding it is the token written in
+  the prompt, which answers whatever the model knows of it; into later layers it mostly cannot. Many cells are right
+  about all entities of one token, so which of them is best is a matter of ties. Hence gains are given for each target
+  layer, and over the embedding at the target layer that is best for it.
 - The models are small, word-level and trained on sentences of these very prompts' kind: rates near 1 say that the
   method reads what is there, not that it would read as well in a language model.
 - Embedding and unembedding are separate and share no directions. What a last layer is about to say is no input that a
-  prompt can read, so token identity of next tokens and moved answers of a first step fail by the identity map; both are
-  shown, with what repairs them.
+  prompt can read, so token identity of next tokens and moved answers of a first step fail by the identity map.
+  Embedding the answer again repairs the second and hardly the first.
 - Only in `capitals-cut` does an entity have several tokenisations. There pieces are cut by rule, each form is as
   frequent as the others, and the pieces before the last are hidden in training, none of which is so in a language
   model. Elsewhere entities of more tokens are other entities.
@@ -133,14 +138,16 @@ def patchscope_study(name: str, *, n: int | None = None, say: Say = lambda line:
     positions, crossed = (500, 100) if n is None else (n, n)
     makers: list[Maker] = [
         lambda: patch_entities.description_table(reading(), name=name),
+        lambda: patch_entities.by_target_table(reading(), name=name),
         lambda: patch_entities.by_layer_table(reading(), name=name),
         lambda: patch_entities.said_table(model, name=name),
         lambda: patch_entities.forms_table(model, name=name),
         lambda: patch_contexts.contexts_table(model, n=n, name=name),
         lambda: patch_attributes.attributes_table(attributes(), name=name),
+        lambda: patch_attributes.attribute_targets_table(attributes(), name=name),
         lambda: patch_attributes.probe_table(attributes(), name=name),
         lambda: patch_attributes.attribute_layers_table(attributes(), name=name),
-        lambda: patch_hops.hop_table(model, n=n, name=name),
+        lambda: patch_hops.hop_table(model, n=n, name=name, notes=patch_hops.BUNDLED),
         lambda: patch_lenses.lens_table(model, n=positions, name=name),
         lambda: patch_lenses.cross_model_tables(
             model, zoo.load_model(others[0]), n=crossed, n_described=n, names=(name, others[0])

@@ -175,18 +175,20 @@ def test_the_command_reads_a_cut_name_and_refuses_what_needs_dictionaries(tmp_pa
 
 
 def test_several_tokens_resolve_in_the_layers_and_their_last_piece_alone_does_not(cuts):
-    table = patch_cuts.cuts_table(cuts)
+    table, targets = patch_cuts.cuts_table(cuts), patch_cuts.cut_targets_table(cuts)
     for question in patch_cuts.QUESTIONS:
+        assert targets[f"{question}: one token: into embedding"].cells["gain"].high <= 0.1
         whole = table[f"{question}: one token, all target layers"].cells
         assert whole["embedding patch"].share >= 0.9
         for form in ("two tokens", "three tokens"):
             cells = table[f"{question}: {form}, all target layers"].cells
             assert cells["best fixed cell"].share >= 0.9
-            assert max(cells["re-embedded"].share, cells["embedding patch"].share) < 0.4
-            assert cells["gain"].low > 0.3
+            assert cells["embedding patch"].share < 0.4
+            assert cells["gain over it"].low > 0.3
+            assert targets[f"{question}: {form}: into embedding"].cells["gain"].low > 0.3
             later = table[f"{question}: {form}, target layers 1 and later"].cells
             assert later["best fixed cell"].share >= 0.9
-            assert later["re-embedded"].share <= 0.2
+            assert later["embedding patch"].share <= 0.2
             early = table[f"{question}: {form}, read one token too early"].cells
             assert early["best fixed cell"].share <= 0.2
             assert max(cells["unpatched"].share, later["unpatched"].share) <= 0.2
@@ -251,13 +253,13 @@ def test_an_item_ends_in_the_last_piece_and_an_early_one_before_it(corpus):
 
 @pytest.mark.slow
 def test_all_cities_resolve_in_every_form_and_the_controls_fail(model, corpus):
-    first, layers, _, last = patch_cuts.cut_tables(model, corpus, name=CUT)
+    first, _, layers, _, last = patch_cuts.cut_tables(model, corpus, name=CUT)
     for question in patch_cuts.QUESTIONS:
         for form in ("one token", "two tokens", "three tokens"):
             cells = first[f"{question}: {form}, target layers 1 and later"].cells
             assert cells["best fixed cell"].asked == 111
             assert cells["best fixed cell"].share >= 0.95
-            assert cells["re-embedded"].share <= 0.1
+            assert cells["embedding patch"].share <= 0.1
             assert first[f"{question}: {form}, read one token too early"].cells["best fixed cell"].share <= 0.1
             alone = last[f"{question}: {form}"].cells["right"].share
             assert alone >= 0.95 if form == "one token" else alone <= 0.25

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from circuit_lens.graph.rates import Mean, Rate
 from circuit_lens.patchscopes.definition import say_one_by_one
 from circuit_lens.patchscopes.rows import Cell as GridCell
 from circuit_lens.patchscopes.rows import Rows
+from circuit_lens.studies import __main__ as command
 from circuit_lens.studies import (
     hub,
     patch_attributes,
@@ -30,11 +32,12 @@ from circuit_lens.studies import (
     patch_through,
     report,
 )
-from circuit_lens.studies.patch_tables import narrowed, read, sources
+from circuit_lens.studies.patch_tables import Reading, narrowed, read, sources
 from circuit_lens.studies.tables import Row, StudyTable
 from circuit_lens.zoo.corpus import Corpus
 
 SINGLE, SEVERAL = "one token, target layers 0 and later", "several tokens, target layers 0 and later"
+ALL_SINGLE, ALL_SEVERAL = "one token, all target layers", "several tokens, all target layers"
 
 
 @pytest.fixture(scope="module")
@@ -57,13 +60,74 @@ def reading(model):
 
 def test_entities_are_described_from_middle_layers_and_their_tokens_are_not(reading):
     table = patch_entities.description_table(reading)
-    single, several = table[SINGLE].cells, table[SEVERAL].cells
-    assert single["best fixed cell"].share >= 0.9
-    assert several["best fixed cell"].share >= 0.7
-    assert several["embedding patch"].share <= 0.2
-    assert single["gain"].low > 0.5
-    assert several["gain"].low > 0.5
-    assert max(single["unpatched"].share, several["unpatched"].share) <= 0.1
+    for row in (SINGLE, SEVERAL, ALL_SINGLE, ALL_SEVERAL):
+        cells = table[row].cells
+        assert cells["best fixed cell"].share >= (0.9 if row.startswith("one") else 0.7)
+        assert cells["unpatched"].share <= 0.1
+        if row == ALL_SINGLE:  # one token written in the prompt is answered as it is: nothing is gained
+            assert cells["embedding patch"].share >= 0.9
+            assert cells["gain over it"].high <= 0.1
+        else:
+            assert cells["embedding patch"].share <= 0.2
+            assert cells["gain over it"].low > 0.5
+
+
+def test_layers_add_to_one_token_above_the_embedding_alone_and_to_several_everywhere_they_are_read(reading):
+    table = patch_entities.by_target_table(reading)
+    for row, gains in {
+        "one token: into embedding": False, "one token: into layer 1": True,
+        "several tokens: into embedding": True, "several tokens: into layer 1": True,
+    }.items():  # fmt: skip
+        cells = table[row].cells
+        assert cells["right"].share >= 0.7
+        assert cells["re-embedded"].share <= 0.2 if gains else cells["re-embedded"].share >= 0.9
+        assert cells["gain"].low > 0.5 if gains else cells["gain"].high <= 0.1
+
+
+def test_a_row_by_target_layer_is_the_accuracy_of_a_grid_of_that_layer_alone(reading):
+    part = reading.part(items=range(20, 40))
+    embedding = part.result.source_layers.index(-1)
+    assert (part.again == part.right[:, embedding]).all()
+    rates = set()
+    for one in part.into():
+        alone = part.part(target_layers=[one.layer]).accuracy
+        assert one.cells()["right"] == alone.best_fixed
+        assert one.cells()["re-embedded"] == alone.reembedded
+        assert one.cells()["gain"] == alone.gain
+        rates.add((alone.best_fixed, alone.reembedded))
+    assert len(rates) > 2
+
+
+@dataclasses.dataclass(frozen=True)
+class _Given(Reading):
+    """A grid of two source and two target layers whose cells are right, but for some items in one."""
+
+    missed: tuple[int, ...] = ()
+
+    @functools.cached_property
+    def right(self):
+        n = len(self.items)
+        right = np.ones((n, 2, 2), dtype=bool)
+        right[:, 0, 1] = False  # the embedding answers into the embedding alone
+        right[list(self.missed), 1, 0] = False
+        return right
+
+    @functools.cached_property
+    def again(self):
+        return self.right[:, 0]
+
+
+@pytest.mark.parametrize("missed", [(), (0,), (17,)])
+def test_one_item_that_breaks_a_tie_between_target_layers_moves_no_gain_by_more_than_itself(reading, missed):
+    whole = narrowed(reading.result, source_layers=[-1, 0], target_layers=[-1, 0])
+    given = _Given(reading.items, whole, missed=missed)
+    targets = {given.chosen.cells[int(half)][1] for half in given.chosen.fold}
+    assert (len(targets) == 2) == bool(missed)  # the halves do choose different target layers
+    gain = np.mean(given.chosen.right.astype(float) - given.embedded.astype(float))
+    assert abs(gain) <= 1 / len(given.items)
+    into = {one.layer: one.cells()["gain"].value for one in given.into()}
+    assert into[0] == 1.0
+    assert abs(into[-1]) <= 1 / len(given.items)
 
 
 def test_answers_that_are_other_entities_are_wrong(reading):
@@ -140,8 +204,15 @@ def test_attributes_are_read_and_classes_of_one_member_are_not_probed(model, cor
     table = patch_attributes.attributes_table(found)
     person = table["person: job"].cells
     assert person["best fixed cell"].share >= 0.9
-    assert person["gain"].low > 0.4
+    assert person["gain over it"].low > 0.4
     assert person["unpatched"].share <= 0.2
+    targets = patch_attributes.attribute_targets_table(found)
+    assert targets["state: capital"].cells["gain into embedding"].high <= 0.2
+    assert targets["state: capital"].cells["gain into layer 1"].low > 0.5
+    whole = targets["all relations: into layer 1"].cells
+    each = [targets[one.relation.name].cells["gain into layer 1"] for one in found]
+    assert whole["right"].asked == whole["gain"].n == sum(gain.n for gain in each)
+    assert whole["gain"].value == pytest.approx(sum(gain.value * gain.n for gain in each) / whole["gain"].n)
     probes = patch_attributes.probe_table(found)
     assert probes["state: capital"].cells["can be probed"] == 0
     row = probes["person: job"].cells
@@ -163,10 +234,22 @@ def test_a_moved_state_corrects_what_the_adverse_wording_gets_wrong_and_an_answe
     later = table["moved: the same, target layers 1 and later"].cells
     assert later["right"].share >= 0.9
     assert later["corrected"].low > 0.5
-    assert later["re-embedded"].share <= 0.1
+    assert later["embedding patch"].share <= 0.1
     assert later["unpatched"].share <= 0.1
     assert table["moved: the first step answers it, read at its last word"].rate.share <= 0.1
     assert table["moved: the same, answer embedded again"].rate.share >= 0.5
+    # What is said of the wording is said of the models that it was chosen on.
+    assert "18" not in " ".join(table.notes)
+    assert "18" in " ".join(patch_hops.BUNDLED)
+
+
+def test_what_is_written_after_a_prompt_is_what_an_unpatched_target_says(model):
+    prompts = ["Fact : the capital of the state containing Dallas is", "Dallas lies in", "Maria read about Lyon ."]
+    said = patch_hops.written(model, prompts, 3)
+    for prompt, text in zip(prompts, said, strict=True):
+        result = cl.patchscope(model, cl.At(prompt), cl.Target(prompt, at=-1), max_new_tokens=3, progress=False)
+        assert text == result.wording.texts(result.unpatched)[0]
+    assert len(set(said)) == 3
 
 
 def test_the_next_token_map_embeds_a_certain_answer_and_mixes_an_uncertain_one(model):
@@ -178,6 +261,27 @@ def test_the_next_token_map_embeds_a_certain_answer_and_mixes_an_uncertain_one(m
 
 
 # Lenses and other models
+
+
+def test_held_out_text_has_no_sentence_of_the_text_of_the_fit_and_no_position_in_one(model, corpus):
+    fit, held_out = patch_items.fit_and_held_out(corpus, 4000, 5000)
+    plain = patch_items.texts(corpus, 5000, patch_items.TEST_SEED)
+    known = {tuple(sentence.tokens) for sentence in corpus.take(4000, patch_items.FIT_SEED)}
+    starts = {sentence[:k] for sentence in known for k in range(5, len(sentence) + 1)}
+
+    def sentences(texts):
+        return [tuple(f"{one} .".split()) for text in texts for one in text.split(" . ") if one]
+
+    def so_far(at):
+        return [tuple(model.tokenizer.decode(one.prompt[1:]).split(" . ")[-1].split()) for one in at]
+
+    assert not any(one in known for one in sentences(held_out))
+    assert any(one in known for one in sentences(plain))
+    at = patch_lenses.text_positions(model, held_out, 80, unlike=fit)
+    assert len(at) == 80
+    assert not any(one in starts for one in so_far(at))
+    assert any(len(one) >= 5 for one in so_far(at))
+    assert any(one in starts for one in so_far(patch_lenses.text_positions(model, plain, 80)))
 
 
 @pytest.mark.slow
@@ -230,13 +334,17 @@ def test_writing_below_is_the_slow_definition_and_differs_only_above_the_embeddi
 
 
 def test_writing_below_reads_late_layers_and_the_words_of_the_placeholder_are_counted(model, corpus):
-    table = patch_through.through_table(
-        model, items=patch_items.people(corpus)[:30], asked=[], max_new_tokens=8, placeholder="person"
-    )
-    late = table["descriptions: layer 3"].cells
+    items = [*patch_items.people(corpus)[:14], *patch_items.entities(corpus)[:10]]
+    table = patch_through.through_table(model, items=items, asked=[], max_new_tokens=8, placeholder="person")
+    one, late = (table[f"descriptions, {kind}: layer 3"].cells for kind in ("one token", "several tokens"))
     assert late["right, layer"].share <= 0.1
     assert late["right, below"].share >= 0.8
     assert late["right, difference"].value == pytest.approx(late["right, below"].share - late["right, layer"].share)
+    # One token answers by its embedding in the prompt, which is written too; of several, the layers say more.
+    assert one["right, below"].share == one["token in the prompt"].share == 1.0
+    assert late["token in the prompt"].share <= 0.3
+    assert late["right, below, over it"].low > 0.3
+    assert max(cells["re-embedded, below"].share for cells in (one, late)) <= 0.2
     result = read(model, patch_items.people(corpus)[:4], patch_items.descriptions(), target_layers="same").result
     assert not patch_through.says_word(result, "xylophone").any()
     words = patch_through.says_word(result, "American")
@@ -303,6 +411,9 @@ def test_other_models_are_asked_in_prose_with_the_papers_prompt_and_a_random_one
     table = patch_entities.description_table(reading)
     assert "Leonardo DiCaprio: American actor" in table.notes[0]
     assert {row.rate.share for row in table.rows} == {0.0}
+    tokens = patch_entities.tokens_table(prose_model, reading)
+    assert tokens.title.startswith(patch_entities.BY_TOKENS)
+    assert sum(row.rate.asked for row in tokens.rows if ":" not in row.name) <= len(reading.items)
     asked = hub.prose_relations(corpus)
     assert {one.target.prompt for one in asked} >= {"Fact: the capital of x is", "Fact: the currency of x is"}
 
@@ -311,7 +422,8 @@ def test_other_models_are_asked_in_prose_with_the_papers_prompt_and_a_random_one
 def test_the_studies_run_on_any_model_with_the_papers_prompts_and_a_random_one_is_right_about_nothing(prose_model):
     tables = hub.patchscope_tables(prose_model, n=2, layers=[-1, 2])
     titles = [table.title for table in tables]
-    assert len(set(titles)) == 10
+    assert len(set(titles)) == 13
+    assert any(title.startswith(patch_entities.BY_TOKENS) for title in titles)
     assert all("random-prose" in title for title in titles)
     described = tables[0]
     assert {row.rate.share for row in described.rows} == {0.0}
@@ -322,6 +434,62 @@ def test_the_studies_run_on_any_model_with_the_papers_prompts_and_a_random_one_i
     for table in tables:
         assert table.rows
         table.to_json()
+
+
+def test_tokens_of_a_name_are_those_of_the_models_own_tokenizer(model, prose_model, corpus):
+    for one in patch_items.people(corpus):
+        assert patch_entities.n_tokens(model, one) == one.n_words
+    counts = {}
+    for one in hub.prose_entities(corpus)[-131:]:
+        cut = prose_model.tokenizer(f" {one.name.replace(' ,', ',')}", add_special_tokens=False)["input_ids"]
+        counts[one.name] = patch_entities.n_tokens(prose_model, one)
+        assert counts[one.name] == len(cut)
+    assert counts["Diana , princess of Wales"] == 5
+    with pytest.raises(ValueError, match="does not end in the name"):
+        patch_entities.n_tokens(model, patch_items.Item("Dallas", "Dallas is here", "Texas"))
+
+
+def test_models_of_other_widths_are_read_through_the_fitted_map_alone_and_of_other_vocabularies_not_at_all(
+    model, prose_model, corpus, monkeypatch
+):
+    few = functools.partial(patch_items.fit_and_held_out, n_fit=500, n_held_out=600)
+    monkeypatch.setattr(hub, "fit_and_held_out", few)
+    cfg = HookedTransformerConfig(
+        n_layers=2, d_model=16, n_ctx=160, d_head=8, n_heads=2, d_mlp=32, act_fn="gelu", normalization_type="LN",
+        d_vocab=prose_model.cfg.d_vocab, seed=1, device="cpu", model_name="narrow-prose",
+    )  # fmt: skip
+    narrow = HookedTransformer(cfg, tokenizer=prose_model.tokenizer).eval()
+    table, grid = hub.across_tables(prose_model, narrow, corpus, n=2, layers=[-1, 2], other_layers=[-1, 1])
+    assert table.title == "Across models (random-prose to narrow-prose)"
+    names = {row.name.split(":")[0] for row in table.rows}
+    own = {f"random-prose → itself, {kind}" for kind in ("affine", "orthogonal", "identity")}
+    assert names == own | {"random-prose → narrow-prose, affine"}
+    described = [row for row in table.rows if row.name.endswith("descriptions, city")]
+    assert {row.rate.share for row in described} == {0.0}
+    assert all("re-embedded" in row.cells for row in table.rows)
+    assert grid["random-prose → itself: layer 2"].cells["into layer 2"].share == 1.0
+    assert set(grid["random-prose → narrow-prose: layer 2"].cells) == {"into embedding", "into layer 1"}
+    with pytest.raises(hub.StudySkipped, match="vocabularies differ"):
+        hub.across_tables(prose_model, model, corpus)
+
+
+def test_the_command_reads_each_given_model_by_those_after_it(monkeypatch, tmp_path, capsys):
+    def across(name, other, *, n):
+        if other == "c":
+            raise hub.StudySkipped(f"{name} and {other} differ")
+        return [StudyTable(f"{name} by {other}, {n}", (Row("a", {"x": Rate(1, 2)}),))]
+
+    own = StudyTable("own", (Row("a", {"x": Rate(1, 2)}),))
+    monkeypatch.setattr(hub, "patchscope_tables", lambda name, *, n: [own])
+    monkeypatch.setattr(hub, "across_tables", across)
+    path = tmp_path / "report.md"
+    given = ["--only", "patchscopes", "--model", "a", "--model", "b", "--model", "c", "--n", "4"]
+    monkeypatch.setattr(sys, "argv", ["studies", *given, "--report", str(path)])
+    command.main()
+    sections = [line for line in path.read_text().splitlines() if line.startswith("## ")]
+    assert sections == ["## a", "## b", "## c", "## a to b"]
+    assert "a by b, 4" in path.read_text()
+    assert "skipped: a and c differ" in capsys.readouterr().out
 
 
 def test_without_a_hub_the_study_by_name_says_what_it_would_fetch():
@@ -353,8 +521,15 @@ def test_all_entities_are_described_and_the_controls_fail(name):
     assert sum(table[row].rate.asked for row in (SINGLE, SEVERAL)) == 561
     assert table[SINGLE].rate.share >= 0.9
     assert table[SEVERAL].rate.share >= 0.7
-    assert table[SEVERAL].cells["embedding patch"].share <= 0.2
-    assert table[SEVERAL].cells["unpatched"].share <= 0.1
+    for row in (SEVERAL, ALL_SEVERAL):
+        assert table[row].cells["embedding patch"].share <= 0.2
+        assert table[row].cells["gain over it"].low > 0.5
+        assert table[row].cells["unpatched"].share <= 0.1
+    assert table[ALL_SINGLE].cells["gain over it"].high <= 0.02
+    into = patch_entities.by_target_table(reading)
+    for row in ("one token: into layer 1", "several tokens: into embedding", "several tokens: into layer 1"):
+        assert into[row].cells["gain"].low > 0.5
+    assert into["one token: into embedding"].cells["gain"].high <= 0.02
 
 
 @pytest.mark.slow
