@@ -55,7 +55,7 @@ def load(
     from circuit_lens.replacement_model import ReplacementModel
     from circuit_lens.zoo import loading as bundled
 
-    if name in zoo.names():
+    if name in zoo.model_names():
         place = pick_device(device, cpu=True)
         given = [] if dictionaries is None else [dictionaries] if isinstance(dictionaries, str | Path) else dictionaries
         own = [one for one in given if one in bundled.dictionary_sets(name)]
@@ -134,9 +134,9 @@ def unknown_model(name: str, reason: str) -> str:
     """Return what is wrong with the name of a model that has no record."""
     from circuit_lens import zoo
 
-    names = [*zoo.names(), *dict.fromkeys(one.model for one in table())]
+    names = [*zoo.model_names(), *dict.fromkeys(one.model for one in table())]
     return (
-        f"{name!r} is neither bundled ({', '.join(zoo.names()) or 'none'}) nor in the table of published dictionaries"
+        f"{name!r} is neither bundled ({', '.join(zoo.model_names()) or 'none'}) nor in the table of published dictionaries"
         f"{nearest(name, names)}. circuit_lens.loading.table() lists it; for any other model give dictionaries= "
         f"({reason.split(';')[0]})"
     )
