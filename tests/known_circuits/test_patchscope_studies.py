@@ -166,7 +166,7 @@ def test_a_long_name_says_its_last_word_early_and_the_person_from_the_same_layer
 
 
 def test_one_token_in_two_contexts_parts_where_the_context_comes_before_it_and_nowhere_where_it_comes_after(model):
-    table = patch_contexts.contexts_table(model, n=12)
+    table = patch_contexts.contexts_table(model, n=8)
     for layer in ("embedding", *(f"layer {i}" for i in range(4))):
         row = table[f"a first name, alone and in a long name: {layer}"].cells
         assert row["distance"].value < 1e-5
@@ -200,7 +200,7 @@ def test_no_class_of_two_is_in_one_fold_alone():
 
 def test_attributes_are_read_and_classes_of_one_member_are_not_probed(model, corpus):
     asked = [one for one in patch_items.relations(corpus) if one.name in ("state: capital", "person: job")]
-    found = patch_attributes.read_attributes(model, asked, n=30)
+    found = patch_attributes.read_attributes(model, asked, n=20)
     table = patch_attributes.attributes_table(found)
     person = table["person: job"].cells
     assert person["best fixed cell"].share >= 0.9
@@ -216,7 +216,7 @@ def test_attributes_are_read_and_classes_of_one_member_are_not_probed(model, cor
     probes = patch_attributes.probe_table(found)
     assert probes["state: capital"].cells["can be probed"] == 0
     row = probes["person: job"].cells
-    assert 0 < row["can be probed"] < 30
+    assert 0 < row["can be probed"] < 20
     assert row["patchscope"].asked == row["probe"].asked == row["difference"].n == row["can be probed"]
     assert row["difference"].value == pytest.approx(row["patchscope"].share - row["probe"].share)
     by_layer = patch_attributes.attribute_layers_table(found)
@@ -452,7 +452,7 @@ def test_tokens_of_a_name_are_those_of_the_models_own_tokenizer(model, prose_mod
 def test_models_of_other_widths_are_read_through_the_fitted_map_alone_and_of_other_vocabularies_not_at_all(
     model, prose_model, corpus, monkeypatch
 ):
-    few = functools.partial(patch_items.fit_and_held_out, n_fit=500, n_held_out=600)
+    few = functools.partial(patch_items.fit_and_held_out, n_fit=200, n_held_out=400)
     monkeypatch.setattr(hub, "fit_and_held_out", few)
     cfg = HookedTransformerConfig(
         n_layers=2, d_model=16, n_ctx=160, d_head=8, n_heads=2, d_mlp=32, act_fn="gelu", normalization_type="LN",
