@@ -60,10 +60,10 @@ _PATCHSCOPES = """# Patchscopes on the bundled models
 
 The studies of Patchscopes (Ghandeharioun et al. 2024, arXiv 2401.06102) on models that were trained on known facts,
 written by `python -m circuit_lens.studies --only patchscopes`; nothing here is edited by hand. All items are scored,
-nothing is drawn by hand, and each table names its prompts. Controls: tables of best fixed cells hold the unpatched
-prompt and the patch of the embedding; tables by target layer the re-embedded token at the same layer; tables by layer
-and of lenses have a row of the embedding; states moved across models and written below are compared with the embedding
-moved likewise; two contexts with two neutral ones. Shares have 95 % Wilson intervals and counts, means 95 % bootstrap
+nothing is drawn by hand, and each table names its prompts. Controls: descriptions, attributes and two steps by their
+best fixed cells stand beside the unpatched prompt and the patch of the embedding; tables by target layer hold the
+re-embedded token at the same layer; tables by layer and of lenses a row of the embedding; states moved across models or
+written below stand beside the embedding moved likewise, two contexts beside two neutral ones. Shares have 95 % Wilson intervals and counts, means 95 % bootstrap
 intervals. The paper's figures are maxima over layers; the best fixed cell is chosen on one half of the items and scored
 on the other.
 
