@@ -35,8 +35,8 @@ NEW_WORDS = 5
 WORD = r"\w+|[^\w\s]"
 Form = Literal["arrows", "lines", "pairs", "is", "words"]
 OTHER = (
-    f"No position is taken at which the sentence so far, of {NEW_WORDS} words or more, stands in the text that maps are "
-    "fitted on."
+    f"No position is taken at which the sentence so far, of {NEW_WORDS} words or more, stands in the text that maps "
+    "are fitted on."
 )
 
 

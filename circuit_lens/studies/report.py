@@ -63,9 +63,9 @@ written by `python -m circuit_lens.studies --only patchscopes`; nothing here is 
 nothing is drawn by hand, and each table names its prompts. Controls: descriptions, attributes and two steps by their
 best fixed cells stand beside the unpatched prompt and the patch of the embedding; tables by target layer hold the
 re-embedded token at the same layer; tables by layer and of lenses a row of the embedding; states moved across models or
-written below stand beside the embedding moved likewise, two contexts beside two neutral ones. Shares have 95 % Wilson intervals and counts, means 95 % bootstrap
-intervals. The paper's figures are maxima over layers; the best fixed cell is chosen on one half of the items and scored
-on the other.
+written below stand beside the embedding moved likewise, two contexts beside two neutral ones. Shares have 95 % Wilson
+intervals and counts, means 95 % bootstrap intervals. The paper's figures are maxima over layers; the best fixed cell is
+chosen on one half of the items and scored on the other.
 
 What these figures do not show:
 
