@@ -21,7 +21,7 @@ from circuit_lens.dictionaries.adapt import adapt
 from circuit_lens.errors import PatchscopeError, TokenNotFoundError, TokensError
 from circuit_lens.patchscopes import presets
 from circuit_lens.patchscopes.explanation import Explanation
-from circuit_lens.patchscopes.given import numbers, whole
+from circuit_lens.patchscopes.given import Indices, numbers, whole
 from circuit_lens.patchscopes.grid import Grid, Layers
 from circuit_lens.patchscopes.maps import Map
 from circuit_lens.patchscopes.patchscope import patchscope
@@ -66,11 +66,11 @@ class Lengths(Map):
 
 def explain_feature(
     dictionary: Any,
-    index: int | Sequence[int],
+    index: Indices,
     *,
     model: Any,
     layer: int | None = None,
-    scales: Sequence[float] | None = None,
+    scales: float | Sequence[float] | None = None,
     unit: Unit | None = None,
     target: Target | Prompt | None = None,
     target_layers: Layers | None = None,
@@ -123,7 +123,7 @@ def explain_vectors(
     model: Any,
     vectors: Vectors,
     *,
-    scales: Sequence[float] | None = None,
+    scales: float | Sequence[float] | None = None,
     unit: Unit | None = None,
     target: Target | Prompt | None = None,
     target_layers: Layers | None = None,
@@ -305,7 +305,7 @@ def _unit(rows: Float[Tensor, "n d_model"]) -> Float[Tensor, "n d_model"]:
     return rows / norms
 
 
-def _require(vectors: Vectors, scales: tuple[float, ...], alpha: float, n_random: int) -> None:
+def _require(vectors: Vectors, scales: tuple[float, ...], alpha: Any, n_random: Any) -> None:
     if vectors.layers is not None or vectors.values.shape[2] != 1:
         raise PatchscopeError(
             f"vectors of layers {vectors.layers} and {vectors.values.shape[2]} positions are no directions; give "

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from numbers import Real
-from typing import Any
+from typing import Any, SupportsIndex
 
 from circuit_lens.errors import PatchscopeError
 from circuit_lens.protocols import HookedModel
+
+Indices = SupportsIndex | Sequence[SupportsIndex]
+"""A whole number or several, of Python, NumPy or torch."""
+Places = SupportsIndex | str | Sequence[SupportsIndex | str]
+"""A position or several, as whole numbers or as the texts of tokens."""
 
 
 def whole(value: Any, what: str) -> int:

@@ -285,7 +285,7 @@ def load_map(path: str | PathLike[str], *, module: nn.Module | None = None) -> M
     if manifest.get("format") != FORMAT or type(version) is not int or not 1 <= version <= VERSION:
         raise PatchscopeError(
             f"{path} has format {manifest.get('format')!r} version {version!r}; a map has {FORMAT!r} "
-            f"in a version from 1 to {VERSION}"
+            f"version {' or '.join(map(str, range(1, VERSION + 1)))}"
         )
     try:
         return _made(str(path), manifest, tensors, module)

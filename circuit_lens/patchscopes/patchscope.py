@@ -177,14 +177,15 @@ def _require_own(vectors: Vectors, model: HookedModel) -> None:
     """Fail where vectors that were taken from layers, or what was said there, cannot be this model's."""
     if vectors.layers is None:
         return
-    d_model, n_layers, d_vocab = vectors.values.shape[-1], model.cfg.n_layers, int(model.W_U.shape[-1])
-    said = d_vocab if vectors.next_logits is None else vectors.next_logits.shape[-1]
-    if d_model != model.cfg.d_model or max(vectors.layers) >= n_layers or said != d_vocab:
+    d_model, last, d_vocab = model.cfg.d_model, model.cfg.n_layers - 1, int(model.W_U.shape[-1])
+    width, said = vectors.values.shape[-1], d_vocab if vectors.next_logits is None else vectors.next_logits.shape[-1]
+    found = [f"width {width}, not {d_model}"] * (width != d_model)
+    found += [f"layer {max(vectors.layers)}, where the model ends with {last}"] * (max(vectors.layers) > last)
+    found += [f"next tokens of a vocabulary of {said}, not {d_vocab}"] * (said != d_vocab)
+    if found:
         raise PatchscopeError(
-            f"the vectors are of another model, not of `model`: they have width {d_model}, layers up to "
-            f"{max(vectors.layers)} and next tokens of {said}; the model has width {model.cfg.d_model}, layers up to "
-            f"{n_layers - 1} and {d_vocab} tokens. Give the model that they were taken from, and the one that reads as "
-            "target_model; vectors of no model are cl.Vectors.of(rows)"
+            f"the source's vectors are not of this model: they have {', and '.join(found)}. Give the model that they "
+            "were taken from, and as target_model the one that reads them; vectors of no model are cl.Vectors.of(rows)"
         )
 
 

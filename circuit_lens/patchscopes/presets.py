@@ -7,10 +7,10 @@ has a name of its own. Forms called "words" are written in the words of the bund
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, Literal
 
 from circuit_lens.errors import PatchscopeError
+from circuit_lens.patchscopes.given import Places
 from circuit_lens.patchscopes.maps import Map
 from circuit_lens.patchscopes.targets import Preset
 from circuit_lens.running import Prompt
@@ -101,9 +101,7 @@ def attribute(relation: str, *, at: str = "x", max_new_tokens: int = 20) -> Pres
     )  # fmt: skip
 
 
-def multi_hop(
-    second: Prompt, at: int | str | Sequence[int | str] = -1, *, max_new_tokens: int = 20, name: str = "multi-hop"
-) -> Preset:
+def multi_hop(second: Prompt, at: Places = -1, *, max_new_tokens: int = 20, name: str = "multi-hop") -> Preset:
     """Put the answer to a first step where a second step asks about it (Ghandeharioun et al. 2024, §5.2).
 
     The source is the prompt of the first step, read at its last token; the target is that of the second step, patched

@@ -17,7 +17,7 @@ from circuit_lens.graph.nodes import Feature
 from circuit_lens.graph.positions import Which, find_position
 from circuit_lens.graph.supernodes import Supernode
 from circuit_lens.hooks import Hook
-from circuit_lens.patchscopes.given import places, require_model, several
+from circuit_lens.patchscopes.given import Indices, Places, places, require_memory, require_model, several
 from circuit_lens.patchscopes.streams import EMBEDDING, MEMORY, prompt_bytes, residual_hook, room, run_prompts
 from circuit_lens.protocols import Cache, Dictionary, HookedModel
 from circuit_lens.running import Prompt, plain_tensors, require_finite, to_tokens, token_strings
@@ -39,7 +39,7 @@ class At:
     """
 
     prompt: Prompt
-    pos: int | str | Sequence[int | str] = -1
+    pos: Places = -1
     which: Which | None = None
     name: str = ""
 
@@ -97,7 +97,7 @@ class Vectors:
         """Yield the items one by one."""
         return (self[i] for i in range(len(self)))
 
-    def __getitem__(self, items: int | slice | Sequence[int]) -> Vectors:
+    def __getitem__(self, items: Indices | slice) -> Vectors:
         """Return some of the items.
 
         Raises:
@@ -142,10 +142,10 @@ class Vectors:
         if self.layers is None:
             return self.values[:, 0]
         if layer not in self.layers:
-            hook = "" if layer is None else f" (in a cache: {residual_hook(layer)})"
+            hook = "" if layer is None else f", or in a cache {residual_hook(layer)}"
             raise PatchscopeError(
                 f"the source has no vectors of layer {layer}; it has {_ranges(self.layers)} (-1 is the embedding). "
-                f"Keep that layer too{hook}: patch_through='below' reads all from the embedding up"
+                f"patch_through='below' reads all layers from the embedding up: keep them with layers=None{hook}"
             )
         return self.values[:, self.layers.index(layer)]
 
@@ -159,7 +159,7 @@ class Vectors:
         model: HookedModel,
         at: At | Iterable[At],
         *,
-        layers: Sequence[int] | None = None,
+        layers: Indices | None = None,
         memory: float = MEMORY,
         next_logits: bool = True,
     ) -> Vectors:
@@ -186,7 +186,8 @@ class Vectors:
         require_model(model)
         listed = _positions(at)
         chosen = _chosen(layers, range(EMBEDDING, model.cfg.n_layers))
-        space = room(model, memory)
+        require_memory(memory)
+        space = room(model, float(memory))
         with plain_tensors():
             found = [one.resolve(model) for one in listed]
             widths = {len(positions) for _, positions, _ in found}
@@ -233,7 +234,7 @@ class Vectors:
     def from_cache(
         cls,
         cache: Cache,
-        pos: int | Sequence[int] = -1,
+        pos: Indices = -1,
         *,
         tokens: Int[Tensor, "n_pos"] | None = None,
         model: HookedModel | None = None,
@@ -300,9 +301,7 @@ class Vectors:
         return cls(rows[:, None, None], None, labels)
 
     @classmethod
-    def decoder(
-        cls, dictionary: Dictionary, index: int | Sequence[int], *, layer: int | None = None, unit: bool = True
-    ) -> Vectors:
+    def decoder(cls, dictionary: Dictionary, index: Indices, *, layer: int | None = None, unit: bool = True) -> Vectors:
         """Return decoder rows of features: the directions that they write to the residual stream.
 
         Args:

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from circuit_lens.decoding import uncached
 from circuit_lens.hooks import Hook, preserved_rng, quiet_norm_edits, scoped_hooks
-from circuit_lens.patchscopes.given import require_memory
 from circuit_lens.protocols import HookedModel
 from circuit_lens.running import plain_tensors, require_finite
 
@@ -71,11 +70,7 @@ def room(model: HookedModel, memory: float, kept: int = 0) -> float:
         model: The model that is run.
         memory: Gigabytes in all.
         kept: Bytes that stay.
-
-    Raises:
-        PatchscopeError: Memory that is no number above 0.
     """
-    require_memory(memory)
     return max(memory * 1e9 - model.W_U.numel() * model.W_U.element_size() - kept, memory * 1e9 / 4)
 
 

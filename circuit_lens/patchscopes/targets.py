@@ -12,7 +12,7 @@ from torch import Tensor
 
 from circuit_lens.errors import PatchscopeError, TokensError
 from circuit_lens.graph.positions import find_position, join_tokens
-from circuit_lens.patchscopes.given import places
+from circuit_lens.patchscopes.given import Places, places
 from circuit_lens.patchscopes.maps import Map
 from circuit_lens.protocols import HookedModel
 from circuit_lens.running import Prompt, require_known, to_tokens, token_strings
@@ -59,7 +59,7 @@ class Target:
     """
 
     prompt: Prompt | Messages
-    at: int | str | Sequence[int | str] = "x"
+    at: Places = "x"
     which: Literal["first", "last", "all"] | int | None = None
     name: str = ""
 

@@ -6,19 +6,23 @@ import copy
 import itertools
 import random
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 
 import circuit_lens as cl
 from circuit_lens import decoding
 from circuit_lens.errors import PatchscopeError
 from circuit_lens.hooks import Hook, carries_hooks, scoped_hooks
-from circuit_lens.patchscopes import Fitted, Identity, Map, PatchscopeResult, fit_map
+from circuit_lens.patchscopes import Fitted, Identity, Map, PatchscopeResult, fit_map, readout
 from circuit_lens.patchscopes.definition import Said, say_one_by_one
+from circuit_lens.patchscopes.explain import units_of
 from circuit_lens.patchscopes.patchscope import OTHER_BASIS
 from circuit_lens.patchscopes.rows import THROUGH, WRITES, Cell, Rows, Through, Write
 from circuit_lens.patchscopes.sources import residual_hook
@@ -703,3 +707,94 @@ def test_a_fitted_map_of_identities_is_the_identity() -> None:
     )
     a, b = (cl.patchscope(model, sources(), target, mapping=mapping, keep_logits=True) for mapping in (same, None))
     assert gap(a.logits, b.logits) <= 1e-12
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_leading_padding_is_attended_in_the_source_too_so_that_its_own_state_is_no_patch(shared: bool) -> None:
+    plain, model = builders.build("gpt2"), builders.build("gpt2")
+    plain.tokenizer, model.tokenizer = None, copy.deepcopy(builders.tokenizer())
+    model.tokenizer.padding_side, model.cfg.default_prepend_bos = "left", False
+    if shared:  # as in GPT-2
+        model.tokenizer.pad_token = model.tokenizer.bos_token
+    tokens = torch.tensor([model.tokenizer.pad_token_id, 9, 20, 31, 40, 22])
+    with torch.no_grad():
+        assert gap(model(tokens[None]), plain(tokens[None])) > 1e-3  # the model itself leaves it out
+    found = cl.patchscope(model, cl.At(tokens, pos=3), cl.Target(tokens, at=3), keep_logits=True)
+    assert found.notes == ()
+    assert gap(found.logits[0], found.unpatched.at(0).logits.expand_as(found.logits[0])) <= 1e-10
+    other = cl.patchscope(model, cl.At(tokens, pos=2), cl.Target(tokens, at=3), keep_logits=True)
+    assert gap(other.logits[0], other.unpatched.at(0).logits.expand_as(other.logits[0])) > 1e-3
+    texts = [torch.cat([tokens[:1], cases.tokens(15, seed=i)]) for i in range(4)]
+    for one, wanted in (
+        (found.unpatched.logits[0], plain(tokens[None])[0, -1].detach()),
+        (units(model, tokens), units(plain, tokens)),
+        (fit_map(model, texts, progress=False).matrices[1, 1], fit_map(plain, texts, progress=False).matrices[1, 1]),
+    ):
+        assert gap(one, wanted) <= 1e-7
+
+
+def units(model: Any, tokens: Tensor) -> Tensor:
+    return torch.tensor(list(units_of(model, cl.Target(tokens, at=3).place(model)).values()))
+
+
+class Largest(TorchDispatchMode):
+    """Notes the size of the largest tensors that are made, in numbers; views are none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: list[int] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        given = {x.untyped_storage().data_ptr() for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+        for made in tree_leaves(out):
+            if isinstance(made, Tensor) and made.untyped_storage().data_ptr() not in given:
+                self.sizes.append(made.numel())
+        return out
+
+
+def test_what_sources_say_is_held_once_and_never_copied_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, n_items, memory = cases.model("gpt2"), 40, 2e-4
+    whole = n_items * builders.D_VOCAB
+    monkeypatch.setattr(readout, "_AT_ONCE", 4 * builders.D_VOCAB)
+    at = [cl.At([5, 4 + i % 60], name=str(i)) for i in range(n_items)]
+    target = cl.Target(cases.tokens(4), at=2)
+    options: dict[str, Any] = {"source_layers": 0, "target_layers": 0, "memory": memory, "controls": False}
+    options |= {"keep_logits": False, "n_top": 2}
+    assert whole > max(parameter.numel() for parameter in model.parameters())
+    with Largest() as running:
+        vectors = cl.Vectors.from_prompts(model, at, layers=[0], memory=memory)
+    with Largest() as reading:
+        few = cl.patchscope(model, vectors, target, **options)
+    assert max(running.sizes) == whole
+    assert sorted(running.sizes)[-2] < whole
+    assert max(reading.sizes) < whole
+    with Largest() as at_once:
+        roomy = cl.Vectors.from_prompts(model, at, layers=[0])
+    assert sum(size >= whole for size in at_once.sizes) > 1  # a batch's logits, where there is room for them
+    assert vectors.next_logits is not None
+    assert gap(roomy.next_logits, vectors.next_logits) <= 1e-12
+    many = cl.patchscope(model, roomy, target, **(options | {"memory": 1.0}))
+    for field in ("surprisal", "source_nll"):
+        assert gap(getattr(few.patched, field), getattr(many.patched, field)) <= 1e-10
+    without = cl.Vectors.from_prompts(model, at, layers=[0], next_logits=False)
+    assert without.next_logits is None
+    assert gap(without.values, roomy.values) == 0.0
+    assert bool(cl.patchscope(model, without, target, **options).patched.surprisal.isnan().all())
+
+
+def test_vectors_that_cannot_be_of_the_model_are_refused() -> None:
+    model, small = cases.model("gpt2"), narrow()
+    vectors = cl.Vectors.from_prompts(model, cl.At([5, 9]))
+    said = vectors.next_logits
+    assert said is not None
+    target = cl.Target(cases.tokens(4), at=2)
+    cl.patchscope(model, vectors, target)
+    for given, asked, words in (
+        (vectors, small, "width 32, not 20, and layer 2, where the model ends with 1"),
+        (cl.Vectors(vectors.values, (0, 1, 2, 3), vectors.names), model, "layer 3, where the model ends with 2"),
+        (replace(vectors, next_logits=said[:, :60]), model, "next tokens of a vocabulary of 60, not 64"),
+        (replace(vectors, next_logits=said.repeat(1, 2)), model, "next tokens of a vocabulary of 128, not 64"),
+    ):
+        with pytest.raises(cl.errors.PatchscopeError, match=f"not of this model: they have {words}"):
+            cl.patchscope(asked, given, target, target_layers=0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from functools import cache
+from inspect import unwrap
 from typing import Any
 
 import numpy as np
@@ -281,3 +282,19 @@ def test_what_cannot_be_explained_says_what_is_valid(monkeypatch: pytest.MonkeyP
     for item in (1, -2, "random 0", "L9 #9"):
         with pytest.raises(PatchscopeError, match="there are 1"):
             found.best(item)
+
+
+def test_an_index_of_any_library_is_taken_and_scales_and_numbers_that_are_none_are_refused() -> None:
+    pair = bundled()
+    options: dict[str, Any] = {"model": pair, "n_random": 1, "scales": 1.0, "max_new_tokens": 1, "target_layers": 0}
+    found = [unwrap(explain_feature)(pair.dictionaries[0], i, **options).texts for i in (3, np.int64(3), [3])]
+    assert len(set(found)) == 1
+    bad: list[tuple[dict[str, Any], str]] = [
+        ({"scales": "1,2"}, "scales='1,2' is not valid; give a number"),
+        ({"alpha": None}, "alpha=None is not valid"),
+        ({"n_random": 1.5}, "n_random=1.5 is not valid; give a whole number"),
+        ({"read_layer": "last"}, "read_layer='last' is not valid"),
+    ]
+    for given, words in bad:
+        with pytest.raises(PatchscopeError, match=words):
+            unwrap(explain_vectors)(model(), vectors(1), target=target(), **given)

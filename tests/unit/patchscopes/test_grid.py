@@ -202,3 +202,22 @@ def test_next_tokens_of_other_vocabularies_are_not_compared_and_paddings_of_one_
     assert any("vocabularies differ" in note for note in different.notes)
     assert bool(different.patched.surprisal.isnan().all())
     assert different.source_top is None
+
+
+def test_numbers_and_models_that_are_none_are_refused() -> None:
+    model, scope = cases.model("gpt2"), inspect.unwrap(cl.patchscope)
+    bad: list[tuple[dict[str, Any], str]] = [
+        ({"max_new_tokens": 2.0}, "max_new_tokens=2.0 is not valid; give a whole number"),
+        ({"n_top": "3"}, "n_top='3' is not valid; give a whole number"),
+        ({"memory": None}, "memory=None is not valid; give gigabytes"),
+        ({"read_layer": "all"}, "read_layer='all' is not valid; give a whole number"),
+        ({"target_model": 5}, "target_model=5 is no hooked model"),
+        ({"mapping": torch.nn.Linear(31, 32)}, "the map, a Linear, fails on vectors"),
+    ]
+    for options, words in bad:
+        with pytest.raises(PatchscopeError, match=words):
+            scope(model, cl.At([5, 9]), TARGET, **options)
+    with pytest.raises(PatchscopeError, match="model=5 is no hooked model"):
+        scope(5, cl.At([5, 9]), TARGET)
+    one = cl.patchscope(model, torch.eye(2, 32), [TARGET], keep_logits=True)  # a list of one is one for all
+    torch.testing.assert_close(one.logits, cl.patchscope(model, torch.eye(2, 32), TARGET, keep_logits=True).logits)

@@ -96,6 +96,11 @@ def test_foreign_truncated_and_damaged_files_are_refused(tmp_path: Path) -> None
         ([1], {}, "is no file"),
         ({"format": "other", "version": 1}, {}, "has format 'other'"),
         (head | {"version": 2}, {}, "version 2"),
+        (head | {"version": 0, "kind": "identity"}, {}, "version 0"),
+        (head | {"version": True, "kind": "identity"}, {}, "version True"),
+        (head | {"kind": "scale_bias", "scale": "abc"}, {}, "its scale is 'abc', not a finite number"),
+        (head | {"kind": "scale_bias", "scale": float("nan")}, {}, "its scale is nan"),
+        (head | {"kind": "fitted", "explained": {"0.0": "a"}, "fit": "affine"}, tensors, "its explained is 'a'"),
         (head | {"version": "1"}, {}, "version '1'"),
         (head, {}, "kind None"),
         (head | {"kind": "poem"}, {}, "kind 'poem'"),
@@ -162,3 +167,30 @@ def test_pairs_of_layers_are_words_or_given() -> None:
     for pairs, words in bad:
         with pytest.raises(PatchscopeError, match=words):
             inspect.unwrap(layer_pairs)(pairs, range(2), range(2))
+
+
+class Centred(nn.Module):
+    """Keeps statistics of batches while it trains."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.drop = nn.BatchNorm1d(4, momentum=0.5).double(), nn.Dropout(0.5)
+
+    def forward(self, h: Tensor) -> Tensor:
+        return self.drop(self.norm(h.reshape(-1, 4))).reshape(h.shape)
+
+
+def test_a_module_in_training_is_called_as_in_evaluation_and_is_as_before_also_after_it_fails() -> None:
+    module = Centred().train()
+    module.drop.eval()  # modes of parts are kept one by one
+    state = {name: t.clone() for name, t in module.state_dict().items()}
+    found = ModuleMap(module)(H, 0, 0)
+    with pytest.raises(PatchscopeError, match=r"a Centred, fails on vectors of shape \[1, 1, 3\] \(RuntimeError"):
+        ModuleMap(module)(H[:1, :1, :3], 0, 0)
+    assert (module.training, module.norm.training, module.drop.training) == (True, True, False)
+    assert all(bool((t == state[name]).all()) for name, t in module.state_dict().items())
+    alone = torch.cat([ModuleMap(module)(H[i : i + 1], 0, 0) for i in range(len(H))])
+    torch.testing.assert_close(found, alone)
+    assert float((module(H) - found).detach().abs().max()) > 1e-3  # what training makes of it
+    with pytest.raises(PatchscopeError, match=r"a Linear, fails on .*give a module that maps \[..., 4\]"):
+        ModuleMap(nn.Linear(3, 4))(H, 0, 0)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import inspect
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 import circuit_lens as cl
 from circuit_lens.errors import CacheError, ConsistencyError, PatchscopeError, TokenNotFoundError, TokensError
 from circuit_lens.patchscopes import sources
+from circuit_lens.patchscopes.given import places
 from circuit_lens.patchscopes.patchscope import as_vectors
 from tests import builders
 from tests.invariants import cases
@@ -188,3 +191,47 @@ def test_a_source_is_whatever_names_vectors_and_nothing_else() -> None:
     for error, one in ((PatchscopeError, torch.tensor(1.0)), (TokensError, torch.tensor(1))):
         with pytest.raises(error, match="shape"):
             as_vectors(model, one)
+
+
+def test_positions_and_features_are_whole_numbers_of_any_library() -> None:
+    model, ids = cases.model("gpt2"), cases.tokens(5)
+    dictionary = cl.zoo.load("capitals").dictionaries[0]
+    wanted, row = cl.Vectors.from_prompts(model, cl.At(ids, pos=1)), cl.Vectors.decoder(dictionary, 3)
+    for kind in (np.int64, torch.tensor, np.array):
+        one = kind(1)
+        assert bool((cl.Vectors.from_prompts(model, cl.At(ids, pos=one)).values == wanted.values).all())
+        assert cl.Target(ids, at=one).place(model).positions == (1,)
+        assert bool((cl.Vectors.decoder(dictionary, kind(3)).values == row.values).all())
+        assert wanted[kind(0)].names == wanted.names
+    assert cl.Target(ids, at=(np.int64(3), -4)).place(model).positions == (3, 1)
+    assert cl.Vectors.from_prompts(model, cl.At(ids), layers=[np.int64(2), -1]).layers == (2, -1)
+    held = {"blocks.1.hook_resid_post": torch.ones(1, 4, 8), "blocks.x.hook_resid_post": torch.ones(1)}
+    assert cl.Vectors.from_cache(held, np.int64(2)).names == ("P2",)
+    for pos in (1.5, None, [0, 1.5]):
+        with pytest.raises(PatchscopeError, match=r"pos=.* is not valid; give a (whole number|position)"):
+            inspect.unwrap(places)(pos, "pos")
+
+
+def test_what_is_no_source_model_or_layer_is_refused_with_what_is_valid() -> None:
+    model, at = cases.model("gpt2"), cl.At([5, 9])
+    from_prompts = inspect.unwrap(cl.Vectors.from_prompts.__func__)
+    bad: list[tuple[Any, Any, dict[str, Any], str]] = [
+        (model, at, {"layers": []}, "at least one, and each once"),
+        (model, at, {"layers": [1, 1]}, "at least one, and each once"),
+        (model, at, {"layers": [1.0]}, "layers=1.0 is not valid"),
+        (model, at, {"memory": 0}, "memory=0 is not valid; give gigabytes above 0"),
+        (model, at, {"memory": "1"}, "memory='1' is not valid"),
+        (model, None, {}, "at=None is no position; give cl.At"),
+        (model, [[5, 9]], {}, r"\[5, 9\] is no position; give cl.At"),
+        (5, at, {}, "model=5 is no hooked model; give a HookedTransformer"),
+    ]
+    for given, positions, options, words in bad:
+        with pytest.raises(PatchscopeError, match=words):
+            from_prompts(cl.Vectors, given, positions, **options)
+    with pytest.raises(PatchscopeError, match="None is no source; give"):
+        inspect.unwrap(as_vectors)(model, None)
+    with pytest.raises(CacheError, match="no residual stream"):
+        cl.Vectors.from_cache({"blocks.x.hook_resid_post": torch.ones(1, 2, 3)})
+    some = cl.Vectors.from_prompts(model, at, layers=[1])
+    with pytest.raises(PatchscopeError, match=r"no vectors of layer -1.*'below' reads all.*blocks.0.hook_resid_pre"):
+        cl.patchscope(model, some, cl.Target([5, 6], at=1), patch_through="below")

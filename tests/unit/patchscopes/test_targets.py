@@ -12,6 +12,7 @@ import torch
 import circuit_lens as cl
 from circuit_lens.errors import PatchscopeError, TokenNotFoundError, TokensError
 from circuit_lens.patchscopes.patchscope import _targets
+from circuit_lens.patchscopes.targets import _tokens
 from tests import builders
 from tests.invariants import cases
 
@@ -106,3 +107,25 @@ def test_tokens_of_a_target_are_used_as_they_are() -> None:
     model = cases.model("gpt2")
     found = cl.patchscope(model, cl.At([5, 6]), cl.Target(torch.tensor([[7, 8, 9]]), at=1), keep_logits=True)
     assert found.targets[0].split() == f"{builders.WORDS[7]} [{builders.WORDS[8]}] {builders.WORDS[9]}".split()
+
+
+def test_words_of_a_chat_that_the_tokenizer_does_not_know_and_messages_that_are_none_are_refused() -> None:
+    model = builders.build("gpt2")
+    model.tokenizer = copy.deepcopy(builders.tokenizer())
+    model.tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }} {% endfor %}:"
+    cl.Target([{"role": "user", "content": "the city"}], at="city").place(model)
+    bad: list[tuple[Any, str]] = [
+        ([{"role": "user", "content": "the Zanzibar city"}], "does not know 'Zanzibar'"),
+        ({"role": "user", "content": "the city"}, r"a chat is a list of messages; give \[\{'role'"),
+        ([{"content": "the city"}], "no message of a chat"),
+        ([{"role": "user", "content": "the"}, "city"], "'city' is no message of a chat"),
+    ]
+    for prompt, words in bad:
+        with pytest.raises(TokensError, match=words):
+            inspect.unwrap(_tokens)(model, prompt)
+    model.tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(TokensError, match=r"does not take these messages \(roles must alternate\)"):
+        cl.Target([{"role": "user", "content": "the city"}], at="city").place(model)
+    for nothing in (None, 5, {"role": "user", "content": "x"}):
+        with pytest.raises(PatchscopeError, match=r"is no target; give cl\.Target"):
+            inspect.unwrap(_targets)(nothing, 1)
