@@ -13,7 +13,8 @@ from torch import Tensor
 from circuit_lens.errors import PatchscopeError
 from circuit_lens.patchscopes.given import numbers, several
 from circuit_lens.patchscopes.rows import Cell
-from circuit_lens.patchscopes.sources import EMBEDDING, Vectors
+from circuit_lens.patchscopes.sources import Vectors
+from circuit_lens.patchscopes.streams import EMBEDDING, activations
 from circuit_lens.patchscopes.targets import Placed
 from circuit_lens.protocols import HookedModel
 
@@ -173,9 +174,7 @@ def row_bytes(model: HookedModel, target: Placed, max_new_tokens: int, n_writes:
     if not use_cache:
         n_pos = n_own = n_pos + max_new_tokens
     n_kv = getattr(cfg, "n_key_value_heads", None) or cfg.n_heads
-    d_mlp = getattr(cfg, "d_mlp", None) or 4 * cfg.d_model
     kept = 2 * cfg.n_layers * n_kv * cfg.d_head * (n_pos + max_new_tokens) if use_cache else 0
     kept += kept // 3  # a cache that grows is copied, and what is freed in between is not all used again
     every = 2 * n_own * cfg.d_vocab if not use_cache else 0
-    at_once = n_own * (10 * cfg.d_model + 4 * d_mlp) + 4 * cfg.n_heads * n_own * n_pos
-    return size * (kept + at_once + every + n_writes * cfg.d_model) + 6 * max(size, 4) * cfg.d_vocab
+    return size * (kept + activations(cfg, n_own, n_pos) + every + n_writes * cfg.d_model) + 6 * max(size, 4) * cfg.d_vocab

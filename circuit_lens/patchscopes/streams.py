@@ -74,9 +74,13 @@ def room(model: HookedModel, memory: float, kept: int = 0) -> float:
     return max(memory * 1e9 - model.W_U.numel() * model.W_U.element_size() - kept, memory * 1e9 / 4)
 
 
+def activations(cfg: Any, n_run: int, n_pos: int) -> int:
+    """Return about how many numbers a block holds at once, where so many positions run and so many are attended."""
+    d_mlp = getattr(cfg, "d_mlp", None) or 4 * cfg.d_model
+    return n_run * (10 * cfg.d_model + 4 * d_mlp) + 4 * cfg.n_heads * n_run * n_pos
+
+
 def prompt_bytes(model: HookedModel, n_pos: int) -> int:
     """Return about how much memory a prompt takes while it runs: activations, and logits of all its positions."""
-    cfg: Any = model.cfg
-    d_mlp = getattr(cfg, "d_mlp", None) or 4 * cfg.d_model
-    inside = n_pos * (10 * cfg.d_model + 4 * d_mlp) + 4 * cfg.n_heads * n_pos * n_pos
+    inside = activations(model.cfg, n_pos, n_pos)
     return model.W_U.element_size() * (inside + 3 * n_pos * model.W_U.shape[-1])  # a bias and a soft-cap copy logits
