@@ -134,9 +134,10 @@ def unknown_model(name: str, reason: str) -> str:
     """Return what is wrong with the name of a model that has no record."""
     from circuit_lens import zoo
 
-    names = [*zoo.model_names(), *dict.fromkeys(one.model for one in table())]
+    bundled = zoo.model_names()
+    names = [*bundled, *dict.fromkeys(one.model for one in table())]
     return (
-        f"{name!r} is neither bundled ({', '.join(zoo.model_names()) or 'none'}) nor in the table of published dictionaries"
+        f"{name!r} is neither bundled ({', '.join(bundled) or 'none'}) nor in the table of published dictionaries"
         f"{nearest(name, names)}. circuit_lens.loading.table() lists it; for any other model give dictionaries= "
         f"({reason.split(';')[0]})"
     )

@@ -177,4 +177,6 @@ def row_bytes(model: HookedModel, target: Placed, max_new_tokens: int, n_writes:
     kept = 2 * cfg.n_layers * n_kv * cfg.d_head * (n_pos + max_new_tokens) if use_cache else 0
     kept += kept // 3  # a cache that grows is copied, and what is freed in between is not all used again
     every = 2 * n_own * cfg.d_vocab if not use_cache else 0
-    return size * (kept + activations(cfg, n_own, n_pos) + every + n_writes * cfg.d_model) + 6 * max(size, 4) * cfg.d_vocab
+    return (
+        size * (kept + activations(cfg, n_own, n_pos) + every + n_writes * cfg.d_model) + 6 * max(size, 4) * cfg.d_vocab
+    )
