@@ -62,12 +62,7 @@ class CutReading:
     @cached_property
     def first(self) -> dict[int, Float[ndarray, "n_items"]]:
         """The first source layer at which each entity is right by any target layer; NaN where it never is."""
-        found = {}
-        for n, reading in self.forms.items():
-            right = reading.right.any(2)
-            layers = np.array(reading.result.source_layers, dtype=float)
-            found[n] = np.where(np.any(right, axis=1), layers[right.argmax(1)], np.nan)
-        return found
+        return {n: reading.first for n, reading in self.forms.items()}
 
     @cached_property
     def hard(self) -> Bool[ndarray, "n_items"]:
@@ -178,11 +173,7 @@ def cut_layers_table(cuts: Sequence[CutReading], *, name: str = "") -> StudyTabl
             for s, layer in enumerate(reading.result.source_layers):
                 assert layer is not None, "states of prompts have layers"
                 same = targets.index(layer)
-                cells: dict[str, Cell] = {"into embedding": Rate.of(one.column(n, s, into).tolist())}
-                if layer != EMBEDDING:
-                    cells["into the same layer"] = Rate.of(one.column(n, s, same).tolist())
-                cells["any target layer"] = Rate.of(np.any(reading.right[:, s], axis=1).flatten().tolist())
-                cells["first right here"] = Rate.of((one.first[n] == layer).tolist())
+                cells = reading.from_layer(s)
                 if n != FORMS[0]:
                     cells["into embedding, minus one token"] = difference(
                         one.column(n, s, into), one.column(FORMS[0], s, into)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
-
 from circuit_lens.graph.rates import Rate
 from circuit_lens.patchscopes.metrics import How
 from circuit_lens.patchscopes.sources import EMBEDDING
@@ -127,24 +125,14 @@ def by_layer_table(reading: Reading, *, name: str = "") -> StudyTable:
         if item.group == "person":
             label = f"person, {item.family}" if item.family in LONG else "person, first and last name"
         groups.setdefault(label, []).append(i)
-    targets = list(reading.result.target_layers)
     family: dict[str, set[str]] = {}
     for item in reading.items:
         family.setdefault(item.family, set()).add(str(item.answer))
     rows = []
     for label, chosen in groups.items():
         part = reading.part(items=chosen)
-        first = np.where(part.right.any((1, 2)), part.right.any(2).argmax(1), -1)
         for s, layer in enumerate(part.result.source_layers):
-            cells: dict[str, Cell] = {
-                f"into {layer_title(target)}": Rate.of(part.right[:, s, t].tolist())
-                for t, target in enumerate(part.result.target_layers)
-                if target == EMBEDDING
-            }
-            if layer in targets and layer != EMBEDDING:
-                cells["into the same layer"] = Rate.of(part.right[:, s, targets.index(layer)].tolist())
-            cells["any target layer"] = Rate.of(np.any(part.right[:, s], axis=1).flatten().tolist())
-            cells["first right here"] = Rate.of(bool(one == s) for one in first)
+            cells = part.from_layer(s)
             if "person" in label and reading.how == "starts":
                 cells["another of the family"] = Rate.of(_others(part, s, family))
             rows.append(Row(f"{label}: {layer_title(layer)}", cells))

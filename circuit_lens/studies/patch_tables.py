@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 from numpy import ndarray
 
 from circuit_lens.graph.rates import Mean, Rate
@@ -149,6 +149,25 @@ class Reading:
     def accuracy(self) -> Accuracy:
         """See `PatchscopeResult.accuracy`."""
         return self.result.accuracy(self.answers, self.how)
+
+    @cached_property
+    def first(self) -> Float[ndarray, "n_items"]:
+        """The first source layer from which any target layer is right, by item; NaN where none is."""
+        right = self.right.any(2)
+        layers = np.array(self.result.source_layers, dtype=float)
+        return np.where(np.any(right, axis=1), layers[right.argmax(1)], np.nan)
+
+    def from_layer(self, source: int) -> dict[str, Cell]:
+        """The columns of a table by source layer, which is given by its number: how many items are right from it."""
+        layer, targets = self.result.source_layers[source], list(self.result.target_layers)
+        found: dict[str, Cell] = {}
+        if EMBEDDING in targets:
+            found["into embedding"] = Rate.of(self.right[:, source, targets.index(EMBEDDING)].tolist())
+        if layer in targets and layer != EMBEDDING:
+            found["into the same layer"] = Rate.of(self.right[:, source, targets.index(layer)].tolist())
+        found["any target layer"] = Rate.of(np.any(self.right[:, source], axis=1).tolist())
+        found["first right here"] = Rate.of((self.first == layer).tolist())
+        return found
 
     @property
     def inner(self) -> list[int]:

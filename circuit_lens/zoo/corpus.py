@@ -326,6 +326,16 @@ class Corpus:
             pieces.append(f"{{subject{number}}} - > {{answer{number}}}")
         return fill("identity", " ; ".join(pieces) + " .", slots)
 
+    def _friends(self, rng: random.Random) -> dict[str, Mention]:
+        """What plain prose about friends is filled with."""
+        return {
+            "friend": self._friend(rng),
+            "friend2": self._friend(rng),
+            "verb": Mention(rng.choice(VERBS)),
+            "preposition": Mention(rng.choice(PREPOSITIONS)),
+            "noun": Mention(rng.choice(NOUNS)),
+        }
+
     def filler(self, rng: random.Random) -> Sentence:
         """Plain prose, and the days and months."""
         kind = rng.random()
@@ -334,13 +344,7 @@ class Corpus:
             index = rng.randrange(len(sequence) - 1)
             slots = {"operand": Mention(sequence[index]), "answer": Mention(sequence[index + 1], answer=True)}
             return fill("filler", templates.SEQUENCE[0], slots)
-        slots = {
-            "friend": self._friend(rng),
-            "friend2": self._friend(rng),
-            "verb": Mention(rng.choice(VERBS)),
-            "preposition": Mention(rng.choice(PREPOSITIONS)),
-            "noun": Mention(rng.choice(NOUNS)),
-        }
+        slots = self._friends(rng)
         if kind < 0.35:
             return fill("filler", templates.FILLER_PEOPLE[0], slots)
         language = rng.choice(tuple(templates.FILLER))

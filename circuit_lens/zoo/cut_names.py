@@ -187,14 +187,7 @@ class CutCorpus(Corpus):
 
     def filler(self, rng: random.Random) -> Sentence:
         """Plain prose about friends."""
-        slots = {
-            "friend": self._friend(rng),
-            "friend2": self._friend(rng),
-            "verb": Mention(rng.choice(VERBS)),
-            "preposition": Mention(rng.choice(PREPOSITIONS)),
-            "noun": Mention(rng.choice(NOUNS)),
-        }
-        return fill("filler", templates.FILLER_PEOPLE[0], slots)
+        return fill("filler", templates.FILLER_PEOPLE[0], self._friends(rng))
 
     # -- the whole -----------------------------------------------------------------------------------------------
 
