@@ -47,6 +47,21 @@ def gpt2_shape() -> Any:
     return model
 
 
+def gpt2_bridge() -> Any:
+    """Return a random TransformerBridge of the same shape."""
+    from transformer_lens.model_bridge import TransformerBridge
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    from circuit_lens.zoo.tokenizer import SPECIAL_TOKENS, build_tokenizer
+
+    torch.manual_seed(0)
+    inner = GPT2LMHeadModel(GPT2Config(vocab_size=D_VOCAB)).eval()
+    with torch.no_grad():
+        inner.transformer.wte.weight.mul_(5)
+    tokenizer = build_tokenizer(SPECIAL_TOKENS, "local/gpt2")  # prompts are ids
+    return TransformerBridge.boot_transformers("local/gpt2", hf_model=inner, tokenizer=tokenizer, device="cpu")
+
+
 def prompts() -> tuple[Tensor, Tensor]:
     """Return the tokens of a source of 10 and of the target."""
     rng = torch.Generator().manual_seed(0)
@@ -153,6 +168,7 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=2)
     parser.add_argument("--budgets", type=float, nargs="*", default=[0.3, 1.0], help="gigabytes")
     parser.add_argument("--only", choices=["speed", "memory"])
+    parser.add_argument("--bridge", action="store_true", help="the speed of a TransformerBridge")
     parser.add_argument("--memory", nargs=4, metavar=("PLACE", "NEW", "GB", "CACHED"), help="one, in this process")
     given = parser.parse_args()
     torch.set_num_threads(1)
@@ -160,7 +176,7 @@ def main() -> None:
         place, n_new, gigabytes, cached = given.memory
         return measure_memory(place, int(n_new), float(gigabytes), cached == "1")
     if given.only != "memory":
-        model = gpt2_shape()
+        model = gpt2_bridge() if given.bridge else gpt2_shape()
         grid(model, "last", 0)
         for n_new in (0, 20):
             for place in PLACES:

@@ -331,13 +331,29 @@ def cache_failure(error: Exception) -> str:
     return f"run without cache: with it the model, or a hook in it, fails ({type(error).__name__}: {first:.160})"
 
 
-def uncached(model: Any, tokens: Int[Tensor, "n_rows n_pos"]) -> Tensor:
-    """Return the logits of an uncached forward; every token is attended, whatever the tokenizer calls it."""
+def uncached(
+    model: Any, tokens: Int[Tensor, "n_rows n_pos"], *, last: int | None = None
+) -> Float[Tensor, "n_rows n_last d_vocab"]:
+    """Return the logits of an uncached forward; every token is attended, whatever the tokenizer calls it.
+
+    Args:
+        model: The model.
+        tokens: Prompts of one length.
+        last: Of so many last positions alone, at least one, which saves time and memory where the vocabulary is large.
+            Hooks behind the blocks then see these positions only. None: of all.
+    """
+    kept = tokens.shape[1] if last is None else last
     if "past_kv_cache" in inspect.signature(model.forward).parameters:
-        return model(tokens, return_type="logits", attention_mask=torch.ones_like(tokens))
+        mask = torch.ones_like(tokens)
+        if last is None:
+            return model(tokens, return_type="logits", attention_mask=mask)
+        stream = model(tokens, stop_at_layer=model.cfg.n_layers, attention_mask=mask)
+        return model(stream[:, -kept:], start_at_layer=model.cfg.n_layers, return_type="logits")
     accepted = inspect.signature(getattr(model, "original_model", model).forward).parameters
-    options = {"use_cache": False} if "use_cache" in accepted else {}
-    return model(tokens, return_type="logits", **options)
+    options: dict[str, Any] = {"use_cache": False} if "use_cache" in accepted else {}
+    if last is not None and "logits_to_keep" in accepted:
+        options["logits_to_keep"] = kept
+    return model(tokens, return_type="logits", **options)[:, -kept:]
 
 
 # ---------------------------------------------------------------------------------------------------------- the loop

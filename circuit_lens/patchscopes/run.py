@@ -12,7 +12,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from circuit_lens.decoding import Decoded, cache_failure, cache_limit, decode, uncached, why_uncached
-from circuit_lens.hooks import Hook, preserved_rng, quiet_norm_edits, scoped_hooks
+from circuit_lens.hooks import Hook, carries_hooks, preserved_rng, quiet_norm_edits, scoped_hooks
 from circuit_lens.patchscopes.climb import Climb, can_climb, climbing_order
 from circuit_lens.patchscopes.definition import Said
 from circuit_lens.patchscopes.rows import Rows, Writes, written
@@ -164,9 +164,10 @@ def _mismatch(model: HookedModel, target: Placed, rows: Rows, writes: Writes, fo
     patched = (rows.item >= 0).nonzero().flatten().tolist() or list(range(len(rows)))
     chosen = [patched[i] for i in _spread(len(patched), CHECKED)]
     some, tokens = rows.part(chosen), found.tokens[chosen, :-1]
+    last = None if carries_hooks(model) else tokens.shape[1] - found.n_prompt + 1  # hooks see what they always see
     scope = _Scope(model, target, some, _of_rows(writes, chosen))
     with plain_tensors(), preserved_rng(), quiet_norm_edits(), scope(0, tokens.shape[1]):
-        wanted = uncached(model, tokens)[:, found.n_prompt - 1 :]
+        wanted = uncached(model, tokens, last=last)[:, found.n_prompt - 1 if last is None else 0 :]
     require_finite("logits", wanted)
     scale = wanted.abs().amax().clamp_min(1e-30)
     limit = cache_limit(wanted.dtype)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from circuit_lens import zoo
-from circuit_lens.decoding import Decoded, decode
+from circuit_lens.decoding import Decoded, decode, uncached
 from circuit_lens.errors import ConsistencyError, TokensError
 from circuit_lens.hooks import Hook, scoped_hooks
 from tests import builders
@@ -353,3 +353,16 @@ def test_filling_a_cache_makes_few_logits_or_none(kind: Kind, monkeypatch: pytes
     made.clear()
     decode(model, prompts, max_new_tokens=2, check=False, stop_at_eos=False)
     assert sum(made) == 10
+
+
+@pytest.mark.parametrize("name", builders.ARCHITECTURES)
+@pytest.mark.parametrize("kind", builders.KINDS)
+def test_logits_of_the_last_positions_alone_are_those_of_all(name: Architecture, kind: Kind) -> None:
+    model, tokens = cases.model(name, kind), builders.random_tokens(9, batch=2)
+    with torch.no_grad():
+        whole = uncached(model, tokens)
+        for last in (1, 4, 9):
+            part = uncached(model, tokens, last=last)
+            assert part.shape == (2, last, whole.shape[-1])
+            assert float((part - whole[:, -last:]).abs().max() / whole.abs().max()) <= limit(name, kind)
+    assert float((whole[:, -1] - whole[:, -2]).abs().max()) > 1e-3
